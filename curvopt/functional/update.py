@@ -1,0 +1,155 @@
+"""The update rules. Each takes slabs of matrices of equal shape and changes parameters and moments in place.
+
+All four are Adam with decoupled decay (AdamW) seen through an r×r matrix of the factor S that preconditions the side:
+
+========  ==========================================  =====================================================
+rule      matrix                                      update, with Adam(·) = −lr · m̂ / (√v̂ + ε) of its argument
+========  ==========================================  =====================================================
+adam      P = (Ŝ + λI)⁻¹                              Adam(P ∇)                 GRIT: precondition, then AdamW
+eigen     Q, eigenvectors of S                        Q Adam(Qᵀ ∇)              SOAP (2409.11321) on the rank side
+whiten    R = (Ŝ + λI)^(-1/2)                         R Adam(R ∇)               Adam in whitened coordinates
+momentum  P = (Ŝ + λI)⁻¹                              −P m̂ · ‖Adam(∇)‖_F / ‖P m̂‖_F     grafted, per matrix
+========  ==========================================  =====================================================
+
+then ``p ← p (1 − lr · weight_decay) + update``. Adam itself is torch's fused kernel, run on the whole slab against a
+zero parameter, so with the matrix equal to I (or None) adam, eigen and whiten are ``AdamW(fused=True)`` to the bit.
+
+``found_inf`` is torch's convention: a 0-d float tensor, non-zero when this step must change nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from curvopt.functional import compute_dtype, left
+
+
+@dataclass
+class Hyper:
+    """What AdamW takes from a param group; ``lr`` may be a 0-d tensor."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+
+
+@dataclass
+class Slab:
+    """L matrices of equal shape and dtype, and their state.
+
+    Attributes:
+        params: L matrices ``(m, n)``, views of the parameters.
+        grads: ``[L, m, n]`` in the compute dtype; overwritten.
+        exp_avg: ``[L, m, n]`` first moment, in the coordinates of the rule.
+        exp_avg_sq: ``[L, m, n]`` second moment, likewise.
+        step: 0-d float32, updates applied so far.
+        rank_dim: 1 if the stack is ``[L, r, d]``, 2 if it is ``[L, d, r]``.
+        matrix: ``[L, r, r]`` the rule's matrix, or None for the identity.
+        hyper: learning rate, betas, eps, decay.
+        spare: a buffer like ``grads`` to work in, or None to allocate one.
+    """
+
+    params: list[Tensor]
+    grads: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    rank_dim: int
+    matrix: Tensor | None
+    hyper: Hyper
+    spare: Tensor | None = None
+
+
+def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
+    """Adam on the preconditioned gradient."""
+    for s in slabs:
+        _apply(s, _adam(s, s.matrix, found_inf)[0], found_inf)
+
+
+def eigen_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
+    """Adam in the eigenbasis of the factor; both moments live in that basis."""
+    for s in slabs:
+        _through_and_back(s, None if s.matrix is None else s.matrix.mT, s.matrix, found_inf)
+
+
+def whiten_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
+    """Adam in whitened coordinates; both moments live there."""
+    for s in slabs:
+        _through_and_back(s, s.matrix, s.matrix, found_inf)
+
+
+def momentum_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
+    """Preconditioned momentum with the Frobenius norm of the AdamW update, matrix by matrix.
+
+    With the identity it is AdamW's step length along the first moment, not AdamW.
+    """
+    for s in slabs:
+        delta, _ = _adam(s, None, found_inf)
+        direction = -s.exp_avg.to(delta.dtype)
+        if s.matrix is not None:
+            direction = left(s.matrix.to(delta.dtype), direction, s.rank_dim)
+        length = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
+        graft = torch.linalg.vector_norm(delta, dim=(1, 2), keepdim=True)
+        _apply(s, direction.mul_(torch.where(length > 0, graft / length, 0.0)), found_inf)
+
+
+def _through_and_back(s: Slab, forward: Tensor | None, back: Tensor | None, found_inf: Tensor) -> None:
+    """Run Adam on ``forward ∇`` and apply ``back`` of its update."""
+    delta, spare = _adam(s, forward, found_inf)
+    if back is not None:
+        delta = left(back.to(delta.dtype), delta, s.rank_dim, out=spare)
+    _apply(s, delta, found_inf)
+
+
+def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor]:
+    """Advance the moments with M ∇; return −lr · m̂ / (√v̂ + ε), zero when ``found_inf`` is set, and a spare buffer.
+
+    Stacks are as large as the adapter, so the two that a step needs are used twice.
+    """
+    spare = torch.empty_like(s.grads) if s.spare is None else s.spare
+    if M is None:
+        grads, delta = s.grads, spare.zero_()
+    else:
+        grads = left(M.to(s.grads.dtype), s.grads, s.rank_dim, out=spare)
+        delta = s.grads.zero_()
+    wide = compute_dtype(s.exp_avg.dtype)
+    exp_avg, exp_avg_sq = s.exp_avg.to(wide), s.exp_avg_sq.to(wide)
+    # torch's CPU kernel rounds what is left over after its vectors otherwise: to the bit AdamW's only matrix by matrix
+    whole = delta[0].numel() % 64 == 0 or not delta.is_cpu
+    pieces = [[X] if whole else list(X.unbind()) for X in (delta, grads, exp_avg, exp_avg_sq)]
+    steps = [s.step, *(s.step.clone() for _ in pieces[0][1:])]
+    h = s.hyper
+    adamw(
+        *pieces, [], steps,
+        fused=True, found_inf=found_inf, amsgrad=False,
+        beta1=h.beta1, beta2=h.beta2, lr=h.lr, weight_decay=0.0, eps=h.eps, maximize=h.maximize,
+    )  # fmt: skip
+    if exp_avg is not s.exp_avg:
+        s.exp_avg.copy_(exp_avg)
+        s.exp_avg_sq.copy_(exp_avg_sq)
+    return delta, grads
+
+
+def _apply(s: Slab, delta: Tensor, found_inf: Tensor) -> None:
+    """Take p ← p (1 − lr · weight_decay) + delta, rounding 16-bit parameters once."""
+    lr = s.hyper.lr.double() if isinstance(s.hyper.lr, Tensor) else s.hyper.lr
+    decay = lr * s.hyper.weight_decay
+    keep = 1 - decay * (found_inf == 0).double() if s.hyper.weight_decay != 0 else None
+    if s.params[0].dtype == delta.dtype:
+        if keep is not None:
+            torch._foreach_mul_(s.params, keep)
+        torch._foreach_add_(s.params, delta.unbind())
+        return
+    p = torch.stack(s.params).to(delta.dtype)
+    if keep is not None:
+        p.mul_(keep)
+    torch._foreach_copy_(s.params, p.add_(delta).unbind())
+
+
+RULES = {"eigen": eigen_update, "adam": adam_update, "whiten": whiten_update, "momentum": momentum_update}

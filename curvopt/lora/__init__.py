@@ -1,0 +1,20 @@
+"""The model side: the only rooms that know what an adapter looks like."""
+
+from curvopt.lora.capture import Capture, Sums
+from curvopt.lora.export import export_adapter
+from curvopt.lora.pair import LoraPair
+from curvopt.lora.pairs import describe_search, find_lora_pairs, find_skipped, pair_by_name
+from curvopt.lora.resize import resize_adapter, resize_pair
+
+__all__ = [
+    "Capture",
+    "LoraPair",
+    "Sums",
+    "describe_search",
+    "export_adapter",
+    "find_lora_pairs",
+    "find_skipped",
+    "pair_by_name",
+    "resize_adapter",
+    "resize_pair",
+]

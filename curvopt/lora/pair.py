@@ -1,0 +1,196 @@
+"""One low-rank pair: where its two matrices live, which way round they are, and what the layer says about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+DICTS = (nn.ModuleDict, nn.ParameterDict)
+
+
+@dataclass(eq=False, frozen=True, repr=False)
+class LoraPair:
+    """The two factors of one adapter on one layer.
+
+    Parameters are looked up at each access, because sharding and PEFT replace them. Two pairs are equal only if they
+    are the same object.
+
+    Attributes:
+        name: `path`, plus ":adapter" unless the adapter is "default" or None; "(root)" for an empty path.
+        path: Path of `module` inside the model that was searched.
+        adapter: PEFT adapter name, or None.
+        kind: "linear", "conv", "embedding" or "raw" (bare parameters).
+        module: The layer that owns the adapter; None if the pair was made from names alone.
+        dim_A: The dimension of A that is the rank: 0 for (r, d_in), 1 for (d_in, r).
+        dim_B: The dimension of B that is the rank: 1 for (d_out, r), 0 for (r, d_out).
+        keys: Attribute names and keys that lead from `module` to A, and those that lead to B.
+        fixed: (A, B) of a pair without a module.
+        base_path: Path of the layer inside the PEFT base model, without the names that wrappers add.
+        configs: PEFT's {adapter: config}, shared with the model; None outside PEFT.
+    """
+
+    name: str
+    path: str
+    adapter: str | None
+    kind: str
+    module: nn.Module | None
+    dim_A: int  # noqa: N815
+    dim_B: int  # noqa: N815
+    keys: tuple[tuple[str, ...], ...] = ()
+    fixed: tuple[Tensor, ...] = ()
+    base_path: str = ""
+    configs: dict[Any, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"LoraPair({self.name!r}, {self.kind}, A={tuple(self.A.shape)}, B={tuple(self.B.shape)})"
+
+    @property
+    def A(self) -> nn.Parameter:
+        """The parameter that is A now."""
+        return self.fixed[0] if self.fixed else resolve(self.module, self.keys[0])
+
+    @property
+    def B(self) -> nn.Parameter:
+        """The parameter that is B now."""
+        return self.fixed[1] if self.fixed else resolve(self.module, self.keys[1])
+
+    def owner(self, side: str) -> Any:
+        """The module or dict that holds the factor "A" or "B" now; None if the pair was made from names alone."""
+        return resolve(self.module, self.keys["AB".index(side)][:-1]) if self.keys else None
+
+    @property
+    def rank(self) -> int:
+        """The present rank r, as the shape of A has it."""
+        return self.A.shape[self.dim_A]
+
+    @property
+    def a_trainable(self) -> bool:
+        """Whether A requires a gradient now."""
+        return self.A.requires_grad
+
+    @property
+    def b_trainable(self) -> bool:
+        """Whether B requires a gradient now."""
+        return self.B.requires_grad
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether the layer keeps its settings in PEFT's dicts by adapter."""
+        return self.module is not None and is_peft(self.module)
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of s B A, read from the layer; 1.0 if the layer does not say."""
+        if self.module is None:
+            return 1.0
+        own = getattr(self.module, "scaling", None)
+        if isinstance(own, dict):
+            return float(own[self.adapter])
+        for word in ("scaling", "scale"):
+            if (number := read_number(self.module, word)) is not None:
+                return number
+        alpha = read_number(self.module, "alpha", "lora_alpha")
+        rank = read_number(self.module, "rank", "r")
+        return 1.0 if alpha is None or not rank else alpha / rank
+
+    @property
+    def variant(self) -> str:
+        """Name of the PEFT variant (or "DoRA") that replaces the plain forward; empty if none does."""
+        found = getattr(self.module, "lora_variant", None)
+        if isinstance(found, dict) and self.adapter in found:
+            return type(found[self.adapter]).__name__
+        return "DoRA" if not self.is_peft and hasattr(self.module, "magnitude") else ""
+
+    @property
+    def note(self) -> str:
+        """Why u cannot be captured; empty if it can."""
+        if self.module is None:
+            return "paired by name: no module to watch"
+        if self.kind == "embedding":
+            return "embedding: no module computes u"
+        owner = self.owner("A")
+        if owner is self.module or isinstance(owner, DICTS):
+            return "A is a raw parameter"
+        return f"{self.variant} forward is not the plain one" if self.variant else ""
+
+    @property
+    def signal(self) -> nn.Module | None:
+        """The module whose output is u = x Aᵀ now; None where there is none (see `note`)."""
+        return None if self.note else self.owner("A")
+
+    def matrix(self, side: str, tensor: Tensor) -> Tensor:
+        """The two-dimensional view of a tensor that is laid out like A or B.
+
+        The order of the columns is that of the parameter's memory, so parameter, gradient and moments agree.
+
+        Args:
+            side: "A" or "B".
+            tensor: The parameter, its gradient or its state: any dtype, number of dimensions of the parameter.
+
+        Returns:
+            A view: (r, c·kh·kw) for a convolution's A, (d_out, r) for its B; `tensor` itself if it has two dimensions.
+
+        Raises:
+            ValueError: If `side` is unknown, or the strides of `tensor` allow no such view.
+        """
+        if side not in ("A", "B"):
+            raise ValueError(f"side must be 'A' or 'B', got {side!r}")
+        if tensor.ndim == 2:
+            return tensor
+        like = self.A if side == "A" else self.B
+        lead = 1 if side == "A" else 2
+        if tensor.ndim != like.ndim:
+            raise ValueError(f"{self.name}: {side} has {like.ndim} dimensions, the tensor has {tensor.ndim}")
+        return matrix_view(tensor, like, lead)
+
+
+def is_peft(module: nn.Module) -> bool:
+    """Whether a module keeps adapters as PEFT's LoRA layers do."""
+    # vars() and _modules, not getattr: PEFT's wrappers forward unknown attributes to the model inside.
+    return isinstance(vars(module).get("scaling"), dict) and isinstance(module._modules.get("lora_A"), DICTS)
+
+
+def resolve(root: Any, keys: tuple[str, ...]) -> Any:
+    """Follow attribute names, and keys where the object is a module dict or parameter dict."""
+    for key in keys:
+        root = root[key] if isinstance(root, DICTS) else getattr(root, key)
+    return root
+
+
+def read_number(module: nn.Module | None, *words: str) -> float | None:
+    """The first of the named attributes that is a plain number or a one-element tensor, as float."""
+    for word in words:
+        value = getattr(module, word, None)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def matrix_view(tensor: Tensor, like: Tensor, lead: int) -> Tensor:
+    """View `tensor` as a matrix whose columns run in the memory order of `like`.
+
+    Args:
+        tensor: (n, ...), of the same number of dimensions as `like`.
+        like: The parameter whose strides set the order of the dimensions from `lead` on.
+        lead: How many leading dimensions stay where they are.
+
+    Returns:
+        (n, everything else), sharing memory with `tensor`.
+
+    Raises:
+        ValueError: If the strides of `tensor` allow no such view.
+    """
+    # Length-one dimensions carry arbitrary strides and never matter to the order.
+    order = sorted(range(lead, like.ndim), key=lambda i: (like.shape[i] == 1, -like.stride(i)))
+    moved = tensor.permute(*range(lead), *order)
+    try:
+        return moved.view(tensor.shape[0], tensor.shape[1:].numel())
+    except RuntimeError as error:
+        raise ValueError(
+            f"no matrix view of a tensor with shape {tuple(tensor.shape)} and strides {tensor.stride()} "
+            f"in the order of a parameter with strides {like.stride()}"
+        ) from error

@@ -1,0 +1,6 @@
+"""The optimizers: param groups, state, and the order of a step."""
+
+from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.grit import GritKFAC
+
+__all__ = ["GritKFAC", "RankSpaceOptimizer"]

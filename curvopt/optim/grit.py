@@ -1,0 +1,262 @@
+"""GritKFAC: AdamW for LoRA with rank-space K-FAC, reprojection and a rank that follows the spectrum."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from curvopt.lora import LoraPair, resize_pair
+from curvopt.optim import matrices, report, reproject, settings
+from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.matrices import MATRICES
+from curvopt.optim.stacks import Stack, sliced
+from curvopt.optim.statistics import Observer
+
+T = TypeVar("T", bound="GritKFAC")
+
+
+class GritKFAC(RankSpaceOptimizer):
+    r"""AdamW whose LoRA updates see the curvature in rank space (GRIT, arXiv 2601.00231).
+
+    .. code-block:: text
+
+        every step, for each pair (A, B) with u = x Aᵀ and d = ∂L/∂u:
+            S_u ← EMA of uᵀu/N,  S_d ← EMA of N dᵀd                        every factor_every steps
+            M_A, M_B ← eigenbasis / inverse / root of S_d, S_u             every inverse_every steps
+            A ← A (1 − lr·wd) + Adam seen through M_A of ∇A,  B likewise   (curvopt.functional.update)
+            change basis, decide the rank k, set directions ≥ k to zero    every reproject_every steps
+
+    Args:
+        params: the model (recommended), named parameters, or param groups; see `RankSpaceOptimizer`. Only with a
+            module can activations be observed; named parameters use gradient statistics.
+        lr: learning rate, ≥ 0; a 0-d tensor is allowed.
+        betas: decay of Adam's moments, in [0, 1).
+        eps: Adam's ε.
+        weight_decay: decoupled decay (AdamW).
+        statistics: ``"activation"`` (K-FAC, by one hook per pair), ``"gradient"`` (Shampoo on the rank side, no hook)
+            or ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347).
+        sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
+            ``"paper"``: the other way round, as GRIT publishes it.
+        update: ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
+        damping: λ > 0, relative to the mean eigenvalue. Unused by ``"eigen"``, whose basis it would not change.
+        factor_decay: EMA decay β in [0, 1], bias-corrected; 1 is GRIT's running mean that never forgets.
+        factor_every: steps between observations; the hooks are idle in between.
+        inverse_every: steps between new matrices.
+        warmup_steps: plain AdamW for so many steps while the factors fill.
+        reprojection: ``"balanced"`` (ours: leaves ΔW alone and orders directions by energy), GRIT's ``"paper"``
+            (two-sided) or ``"paper-one-sided"``, or None.
+        reproject_every: steps between reprojections; 0 for never.
+        rank_threshold: τ in (0, 1]: keep the fewest directions with a share τ of the energy; None keeps all.
+        min_rank: never fewer directions than this; at most the rank of every pair.
+        adapter: only this adapter's pairs; None for all.
+        backend: ``"auto"`` (Triton for CUDA tensors), ``"torch"`` or ``"triton"``.
+        require_pairs: raise when no pair is found; otherwise everything gets AdamW.
+        maximize: ascend.
+        capturable: keep all of a step on the device (it is anyway; kept for torch's signature).
+        process_group: processes to sum the statistics over; None for the default group, if there is one.
+        model: the module to search when ``params`` are groups of tensors.
+
+    A step whose gradients (or whose GradScaler) say non-finite changes nothing and is counted; see `diagnostics`.
+
+    Raises:
+        TypeError: see `RankSpaceOptimizer`.
+        ValueError: no pair, or an argument out of range; the message names argument, value and what is allowed.
+    """
+
+    # what a copy or a pickle starts with: process groups cannot travel
+    _process_group: dist.ProcessGroup | None = None
+    _small = frozenset(
+        {"skipped", "factor", "observed", "rows", "rank", "pending", "kept", *(k for _, k in MATRICES.values())}
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        statistics: str = "activation",
+        sides: str = "kfac",
+        update: str = "eigen",
+        damping: float = 0.1,
+        factor_decay: float = 0.95,
+        factor_every: int = 1,
+        inverse_every: int = 10,
+        warmup_steps: int = 0,
+        reprojection: str | None = "balanced",
+        reproject_every: int = 0,
+        rank_threshold: float | None = None,
+        min_rank: int = settings.MIN_RANK,
+        adapter: str | None = None,
+        backend: str = "auto",
+        require_pairs: bool = True,
+        maximize: bool = False,
+        capturable: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+            "capturable": capturable, "statistics": statistics, "sides": sides, "update": update,
+            "damping": damping, "factor_decay": factor_decay, "factor_every": factor_every,
+            "inverse_every": inverse_every, "warmup_steps": warmup_steps, "reprojection": reprojection,
+            "reproject_every": reproject_every, "rank_threshold": rank_threshold, "min_rank": min_rank,
+            "clock": 0,
+        }  # fmt: skip
+        self._process_group = process_group
+        super().__init__(
+            params, defaults, model=model, adapter=adapter, backend=backend, require_pairs=require_pairs
+        )  # fmt: skip
+
+    @classmethod
+    def paper(cls: type[T], params: Any, lr: float = 2e-5, **overrides: Any) -> T:
+        """Return an optimizer with GRIT's published settings (its code's defaults), for reproduction.
+
+        Statistics every 15 steps in a running mean, inverses and two-sided reprojection every 50, λ = 1e-3,
+        τ = 0.99, at least 4 directions, Adam on the preconditioned gradient, swapped sides. Two published traits are
+        not reproduced, because they switch the method off: fp16 factors, and damping relative to nothing (λ here is
+        relative to the mean eigenvalue). The two small loss penalties of the published code are not part of a step.
+        """
+        published = {
+            "sides": "paper", "update": "adam", "damping": 1e-3, "factor_decay": 1.0, "factor_every": 15,
+            "inverse_every": 50, "reprojection": "paper", "reproject_every": 50, "rank_threshold": 0.99,
+            "min_rank": 4, "weight_decay": 0.01,
+        }  # fmt: skip
+        return cls(params, lr, **{**published, **overrides})
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; returns what ``closure`` returned, if given."""
+        loss = self._evaluate(closure)
+        stacks, others = self._gather()  # live matrices by shape, their gradients stacked
+        found_inf = self._found_inf(stacks, others)
+        for group in self.param_groups:
+            group["clock"] += 1
+        scale = getattr(self, "grad_scale", None)
+        self._observer.observe(_due(stacks, "factor_every"), found_inf, scale, self._ops)  # S ← S + w (zᵀz/N − S)
+        matrices.refresh(_due(stacks, "inverse_every"), found_inf, self._ops)  # M ← f(Ŝ + λI)
+        self._update(stacks, found_inf)  # p ← p (1 − lr·wd) + rule(M, ∇)
+        self._update_others(others, found_inf)
+        self._reproject(_due(stacks, "reproject_every"), found_inf)  # A ← T A, B ← B T⁻¹, mask
+        self._observer.arm()
+        return loss
+
+    def _update(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
+        """Run each rule over its slabs, a device at a time."""
+        batches: dict[tuple[str, torch.device], list[Stack]] = {}
+        for stack in stacks:
+            batches.setdefault((stack.group["update"], stack.device), []).append(stack)
+        for (rule, device), batch in batches.items():
+            warm = [s.group["clock"] > s.group["warmup_steps"] for s in batch]
+            used = [s.state[MATRICES[rule][1]] if w else None for s, w in zip(batch, warm, strict=True)]
+            slabs = [s.slab(M, self._scratch.like(s.grads)) for s, M in zip(batch, used, strict=True)]
+            self._ops(f"{rule}_update", batch[0].grads)(slabs, found_inf[device])
+            for stack in batch:
+                stack.state["skipped"].add_(found_inf[device])
+                stack.release_grads()
+
+    def _reproject(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
+        """Change the basis, and with it the rank, as each group asks."""
+        balanced = [s for s in stacks if s.group["reprojection"] == "balanced"]
+        published = [s for s in stacks if s.group["reprojection"] in ("paper", "paper-one-sided")]
+        if balanced:
+            reproject.balanced(balanced, found_inf, self._ops)
+        if published:
+            reproject.published(published, found_inf)
+
+    # ------------------------------------------------------------------ ranks, compaction, reading
+
+    def ranks(self) -> dict[str, int]:
+        """Return the live rank of every pair by name: the rank of its tensors less the directions masked so far."""
+        return {pair.name: self._rank_of(pair) for pair in self._pairs}
+
+    def compact(self) -> dict[str, int]:
+        """Slice every pair and its state to its live rank for good, and return the ranks by name.
+
+        ΔW is unchanged: what is cut is exactly zero. Parameters keep their identity, with new ``.data`` and no
+        ``.grad``; wrappers that hold views of them (DDP, FSDP) must be built anew. PEFT's r, scaling, rank_pattern
+        and alpha_pattern are kept true, so the model saves and loads as usual.
+        """
+        live = self.ranks()
+        for pair in self._pairs:
+            k = live[pair.name]
+            if k == pair.rank:
+                continue
+            sides = [s for s in self._sides if s.pair is pair]
+            states = [sliced(s, self.state[s.param], k) for s in sides]
+            resize_pair(pair, k)
+            for s, state in zip(sides, states, strict=True):
+                self.state[s.param] = state
+        self._stacks = []
+        return self.ranks()
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what the optimizer knows of itself; reads the device. Keys are described in `report.diagnose`."""
+        return report.diagnose(self)
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks from the model. Factors then stay as they are; the optimizer goes on working."""
+        self._observer.capture.remove()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients as torch does, and forget what backward passes since the last step have shown."""
+        self._observer.capture.discard()
+        super().zero_grad(set_to_none)
+
+    # ------------------------------------------------------------------ plumbing
+
+    def _check_group(self, g: dict[str, Any]) -> None:
+        super()._check_group(g)
+        settings.check_group(g)
+
+    def _check_pairs(self) -> None:
+        settings.check_pairs(self._sides)
+
+    def _rank_of(self, pair: LoraPair) -> int:
+        for p in (pair.A, pair.B):
+            if "rank" in self.state.get(p, {}):
+                return min(int(self.state[p]["rank"]), pair.rank)
+        return pair.rank
+
+    def _index_pairs(self) -> None:
+        if hasattr(self, "_observer"):
+            self._observer.capture.remove()
+        super()._index_pairs()
+        self._observer = Observer(self._sides, self._pairs, self._process_group)
+
+    def _small_state(self, stack: Stack) -> dict[str, Tensor]:
+        r, device = stack.r, stack.device
+        dtype = stack.compute_dtype
+        small = {
+            "factor": torch.zeros(r, r, dtype=dtype, device=device),
+            MATRICES[stack.group["update"]][1]: torch.eye(r, dtype=dtype, device=device),
+            "observed": torch.zeros((), dtype=torch.float64, device=device),
+            "rows": torch.zeros((), dtype=torch.float64, device=device),
+            "rank": torch.full((), r, dtype=torch.int64, device=device),
+            "pending": torch.zeros((), dtype=torch.int64, device=device),
+        }
+        if (stack.group["reprojection"] or "").startswith("paper"):
+            small["kept"] = small["rank"]
+        return small
+
+
+def _due(stacks: Sequence[Stack], every: str) -> list[Stack]:
+    """Return the stacks for which this step, the ``clock``-th, is one of every so many.
+
+    The first observation is at the first step, the first matrices at the first step after the warm-up.
+    """
+    due = []
+    for stack in stacks:
+        g = stack.group
+        since = g["clock"] - 1 - (0 if every == "factor_every" else g["warmup_steps"])
+        if every == "reproject_every":
+            since = -1 if since < 0 or g[every] == 0 else g["clock"]
+        if since >= 0 and since % g[every] == 0:
+            due.append(stack)
+    return due

@@ -1,0 +1,90 @@
+"""What GritKFAC tells of itself when asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvopt.functional.basis import balanced
+from curvopt.functional.inverse import broken, empty, normalised
+from curvopt.functional.ranks import entropy_rank
+from curvopt.lora import LoraPair, find_skipped
+
+if TYPE_CHECKING:
+    from curvopt.optim.grit import GritKFAC
+    from curvopt.optim.stacks import Side
+
+
+def diagnose(optimizer: GritKFAC) -> dict[str, Any]:
+    """Return a report of plain numbers, strings, lists and dicts. Reads the device.
+
+    Keys: ``steps`` (calls of ``step``), ``skipped_updates`` (of those, how many changed nothing), ``backend``,
+    ``silent`` (pairs whose hook never fired though they had gradients), ``idle`` (pairs that never had a gradient),
+    ``skipped_layers`` (layers that look like adapters but are not plain pairs, with the reason), and ``pairs``:
+    by name
+
+    - ``rank``, ``full_rank``: live directions and rank of the tensors; ``kept``: GRIT's published projection's k;
+    - ``statistics``: what it is observed by, ``note``: why not by activations; ``rows``: rows (tokens) seen;
+    - ``energy``: σ_i² as shares of their sum in descending order, ``effective_rank``: exp of their entropy;
+    - ``A``, ``B``: by factor, ``condition`` of Ŝ + λI, ``scalar_distance`` ‖M − mean(M) I‖_F / ‖M‖_F of what acts on
+      the gradient (under "eigen" of Ŝ, whose basis is used) — 0 means the curvature does nothing, and ``failed``.
+    """
+    by_pair: dict[LoraPair, list[Side]] = {}
+    for side in optimizer._sides:
+        by_pair.setdefault(side.pair, []).append(side)
+    skipped = [float(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
+    known = {
+        pair: [s for s in sides if "factor" in optimizer.state.get(s.param, {})] for pair, sides in by_pair.items()
+    }
+    silent = [p.name for p, s in known.items() if s and p.signal is not None and _unseen(optimizer, s)]
+    model = optimizer._model
+    return {
+        "steps": max((g["clock"] for g in optimizer.param_groups), default=0),
+        "skipped_updates": int(max(skipped, default=0)),
+        "backend": optimizer._ops.backend,
+        "silent": silent,
+        "idle": [p.name for p, sides in known.items() if not sides],
+        "skipped_layers": [] if model is None else find_skipped(model),
+        "pairs": {pair.name: _pair(optimizer, pair, sides) for pair, sides in known.items()},
+    }
+
+
+def _unseen(optimizer: GritKFAC, sides: list[Side]) -> bool:
+    wanted = sides[0].group["statistics"] == "activation"
+    return wanted and all(float(optimizer.state[s.param]["observed"]) == 0 for s in sides)
+
+
+def _pair(optimizer: GritKFAC, pair: LoraPair, sides: list[Side]) -> dict[str, Any]:
+    states = {s.name: optimizer.state[s.param] for s in sides}
+    out: dict[str, Any] = {"rank": optimizer._rank_of(pair), "full_rank": pair.rank, "note": pair.note}
+    if not sides:
+        return out
+    group = sides[0].group
+    observable = group["statistics"] != "activation" or pair.signal is not None
+    out["statistics"] = group["statistics"] if observable else "gradient"
+    out["rows"] = max(float(s["rows"]) for s in states.values())
+    out["kept"] = [int(s["kept"]) for s in states.values() if "kept" in s][:1]
+    k = torch.tensor([out["rank"]])
+    for side in sides:
+        out[side.name] = _factor(states[side.name]["factor"].cpu()[None], group["damping"], k, group["update"])
+    if len(sides) == 2:
+        factors = {s.moment(): states[s.name]["factor"].cpu()[None] for s in sides}
+        sigma2 = balanced(factors["u"], factors["d"], k=k).sigma.square()
+        total = sigma2.sum()
+        out["energy"] = (sigma2 / total if total > 0 else sigma2)[0, : out["rank"]].tolist()
+        out["effective_rank"] = float(entropy_rank(sigma2)[0])
+    return out
+
+
+def _factor(S: Tensor, damping: float, k: Tensor, rule: str) -> dict[str, Any]:
+    """Describe one factor ``[1, r, r]`` on its live block."""
+    if bool(empty(S)) or bool(broken(S)):
+        return {"condition": 1.0, "scalar_distance": 0.0, "failed": bool(broken(S))}
+    n = int(k)
+    values = torch.linalg.eigvalsh(normalised(S, k)[0][0, :n, :n]).clamp(min=0)
+    damped = values + damping
+    acting = {"eigen": values, "whiten": damped.rsqrt()}.get(rule, 1 / damped)
+    distance = (acting - acting.mean()).norm() / acting.norm()
+    return {"condition": float(damped[-1] / damped[0]), "scalar_distance": float(distance), "failed": False}

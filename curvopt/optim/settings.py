@@ -1,0 +1,50 @@
+"""What GritKFAC's hyper-parameters may be, group by group and pair by pair."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from curvopt.functional.update import RULES
+from curvopt.optim.base import check, is_number
+from curvopt.optim.stacks import Side
+
+STATISTICS = ("activation", "gradient", "weight")
+SIDES = ("kfac", "paper")
+REPROJECTIONS = ("balanced", "paper", "paper-one-sided", None)
+MIN_RANK = 4
+
+# what the groups that hold a pair's A and B must agree on
+SHARED = ("statistics", "sides", "update", "damping", "factor_decay", "factor_every", "inverse_every",
+          "warmup_steps", "reprojection", "reproject_every", "rank_threshold", "min_rank")  # fmt: skip
+
+
+def check_group(g: dict[str, Any]) -> None:
+    """Raise a ValueError for the first hyper-parameter out of range."""
+    choices = {"statistics": STATISTICS, "sides": SIDES, "update": tuple(RULES), "reprojection": REPROJECTIONS}
+    for name, allowed in choices.items():
+        check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
+    check("damping", g["damping"], is_number(g["damping"]) and g["damping"] > 0, "a number > 0")
+    decay = g["factor_decay"]
+    check("factor_decay", decay, is_number(decay) and 0 <= decay <= 1, "a number in [0, 1]")
+    for name, least in (
+        ("factor_every", 1), ("inverse_every", 1), ("warmup_steps", 0), ("reproject_every", 0), ("min_rank", 1),
+    ):  # fmt: skip
+        whole = isinstance(g[name], int) and not isinstance(g[name], bool)
+        check(name, g[name], whole and g[name] >= least, f"an integer ≥ {least}")
+    tau = g["rank_threshold"]
+    check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
+
+
+def check_pairs(sides: Sequence[Side]) -> None:
+    """Raise a ValueError for a pair whose two groups disagree, or whose rank is below ``min_rank``.
+
+    The default of ``min_rank`` does not bind while ranks are not adapted, so that small adapters need no argument.
+    """
+    first: dict[object, Side] = {}
+    for side in sides:
+        g, other = side.group, first.setdefault(side.pair, side).group
+        for name in SHARED:
+            same = g[name] == other[name]
+            check(f"{name} of {side.pair.name}", (other[name], g[name]), same, "the same in the groups of its A and B")
+        binds = g["rank_threshold"] is not None or g["min_rank"] != MIN_RANK
+        fits = not binds or g["min_rank"] <= side.pair.rank
+        check("min_rank", g["min_rank"], fits, f"at most the rank of every pair ({side.pair.name}: {side.pair.rank})")

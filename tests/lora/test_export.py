@@ -1,0 +1,168 @@
+"""Adapter folders written whole, cut or padded, and read again; the live model stays as it was."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from curvopt.lora import export_adapter, find_lora_pairs, resize_adapter
+
+X = torch.arange(12).reshape(2, 6)
+
+
+class Toy(nn.Module):
+    """Embedding, two linears and a convolution in a row."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(12, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.conv = nn.Conv2d(2, 6, (3, 2))
+        self.double()
+
+    def forward(self, x):
+        return self.conv(self.down(self.up(self.emb(x)).tanh())[:, None].expand(-1, 2, -1, -1))
+
+
+class Grouped(Toy):
+    """The same with a convolution whose adapter is no plain pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
+
+
+def config(**kwargs):
+    settings = {"r": 6, "lora_alpha": 9, "target_modules": ["emb", "up", "down", "conv"], "init_lora_weights": False}
+    return LoraConfig(**{**settings, **kwargs})
+
+
+def peft_toy(**kwargs):
+    model = get_peft_model(Toy(), config(**kwargs)).double().eval()
+    torch.manual_seed(1)
+    for pair in find_lora_pairs(model):
+        nn.init.normal_(pair.A), nn.init.normal_(pair.B)
+    return model
+
+
+def loaded(path, adapter="default"):
+    return PeftModel.from_pretrained(Toy(), path, adapter_name=adapter).double().eval()
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(X)
+
+
+def ranks_of(model, adapter=None):
+    return {pair.path.rpartition(".")[2]: pair.rank for pair in find_lora_pairs(model, adapter)}
+
+
+def by_leaf(model, ranks, adapter=None):
+    return {
+        p.name: ranks[leaf] for p in find_lora_pairs(model, adapter) if (leaf := p.path.rpartition(".")[2]) in ranks
+    }
+
+
+def test_export_as_it_is(tmp_path):
+    model = peft_toy()
+    model.add_adapter("b", config(target_modules=["up"]))
+    model.double()
+    assert export_adapter(model, tmp_path / "x" / "y") == tmp_path / "x" / "y"
+    assert torch.equal(outputs(loaded(tmp_path / "x" / "y")), outputs(model))
+    export_adapter(model, tmp_path / "b", adapter="b")
+    model.set_adapter("b")
+    assert torch.equal(outputs(loaded(tmp_path / "b")), outputs(model))  # in the folder itself, not below it
+
+
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize("ranks", [3, {"emb": 1, "up": 4}])
+def test_export_truncated(tmp_path, stable, ranks):
+    model = peft_toy(use_rslora=stable)
+    before, kept = outputs(model), {name: t.clone() for name, t in model.state_dict().items()}
+    settings = str(model.peft_config["default"])
+    export_adapter(model, tmp_path, ranks=by_leaf(model, ranks) if isinstance(ranks, dict) else ranks)
+    assert torch.equal(outputs(model), before) and str(model.peft_config["default"]) == settings
+    assert all(torch.equal(t, kept[name]) for name, t in model.state_dict().items())
+    twin, said = loaded(tmp_path), json.loads((tmp_path / "adapter_config.json").read_text())
+    resize_adapter(
+        model, by_leaf(model, ranks) if isinstance(ranks, dict) else {p.name: 3 for p in find_lora_pairs(model)}
+    )
+    assert ranks_of(twin) == ranks_of(model)
+    # The scaling comes back from alpha and may be one float64 unit away.
+    torch.testing.assert_close(outputs(twin), outputs(model), rtol=1e-13, atol=1e-12)
+    assert not torch.allclose(outputs(twin), before)
+    if isinstance(ranks, int):
+        assert said["r"] == 3 and said["rank_pattern"] == said["alpha_pattern"] == {}
+
+
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_export_padded(tmp_path, stable, mixed):
+    model = peft_toy(use_rslora=stable, lora_bias=False)
+    if mixed:
+        resize_adapter(model, by_leaf(model, {"emb": 2, "up": 5, "conv": 8}), keep_scaling=False)
+    export_adapter(model, tmp_path, pad_to=8)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["r"] == 8 and not said["use_rslora"] and said["rank_pattern"] == said["alpha_pattern"] == {}
+    assert isinstance(said["lora_alpha"], int)
+    twin = loaded(tmp_path)
+    assert set(ranks_of(twin).values()) == {8}
+    torch.testing.assert_close(outputs(twin), outputs(model), rtol=1e-12, atol=1e-11)  # scaling moved into B
+    export_adapter(model, tmp_path, ranks=2, pad_to=4)
+    assert all((p.A[2:] == 0).all() and p.rank == 4 for p in find_lora_pairs(loaded(tmp_path)))
+
+
+def test_export_folds_the_bias_too(tmp_path):
+    model = get_peft_model(Toy(), config(target_modules=["up", "down"], lora_bias=True)).double().eval()
+    nn.init.normal_(model.base_model.model.up.lora_B["default"].bias)
+    resize_adapter(model, by_leaf(model, {"up": 2}), keep_scaling=False)
+    export_adapter(model, tmp_path, pad_to=6)
+    torch.testing.assert_close(outputs(loaded(tmp_path)), outputs(model), rtol=1e-12, atol=1e-12)
+
+
+def test_export_refuses_what_moved_the_base(tmp_path):
+    model = get_peft_model(Toy().float(), config(target_modules=["up"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="pissa"):
+        export_adapter(model, tmp_path, pad_to=8)
+
+
+def test_export_beside_a_layer_that_is_no_pair(tmp_path):
+    model = get_peft_model(Grouped(), config(r=4, target_modules=["up", "grouped"])).double().eval()
+    with pytest.raises(ValueError, match="grouped convolution"):
+        export_adapter(model, tmp_path, pad_to=8)
+    export_adapter(model, tmp_path, ranks=3)  # the other layer goes by `r`, so the config keeps it
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (said["r"], said["rank_pattern"]) == (4, {"^up": 3})
+    twin = PeftModel.from_pretrained(Grouped(), tmp_path)
+    assert twin.base_model.model.grouped.r == {"default": 4} and ranks_of(twin) == {"up": 3}
+
+
+def test_export_errors(tmp_path, monkeypatch):
+    model = peft_toy()
+    for kwargs, error, text in (
+        ({"pad_to": 5}, ValueError, "pad_to must be at least 6"),
+        ({"pad_to": "8"}, TypeError, "pad_to must be an int"),
+        ({"ranks": 0}, ValueError, "at least 1"),
+        ({"ranks": by_leaf(model, {"up": 7})}, ValueError, "cannot be cut"),
+        ({"ranks": {"nobody": 1}}, ValueError, "no pair is named"),
+        ({"adapter": "c"}, ValueError, "'c' is unknown"),
+    ):
+        with pytest.raises(error, match=text):
+            export_adapter(model, tmp_path / "never", **kwargs)
+    with pytest.raises(TypeError, match="PeftModel"):
+        export_adapter(Toy(), tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    live = model.peft_config["default"]
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_adapter(model, tmp_path / "half", ranks=2)
+    assert model.peft_config["default"] is live and set(ranks_of(model).values()) == {6}
+    assert list((tmp_path / "half").iterdir()) == [] and [p.name for p in tmp_path.iterdir()] == ["half"]
