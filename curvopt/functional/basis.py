@@ -34,7 +34,12 @@ class Gauge(NamedTuple):
 
 
 def balanced(
-    S_u: Tensor, S_d: Tensor, damping: float = 1e-6, k: Tensor | None = None, max_condition: float = 1e4
+    S_u: Tensor,
+    S_d: Tensor,
+    damping: float = 1e-6,
+    k: Tensor | None = None,
+    max_condition: float = 1e4,
+    keep_scale: bool = True,
 ) -> Gauge:
     """Return the gauge in which both factors are the same diagonal: T S_u Tᵀ = T⁻ᵀ S_d T⁻¹ = diag(σ₁ ≥ … ≥ σ_r).
 
@@ -52,6 +57,8 @@ def balanced(
         damping: relative regularisation, ≥ 0.
         k: ``[L]`` live ranks, or None.
         max_condition: largest condition number of T.
+        keep_scale: False leaves out of T the factor (tr S_d/tr S_u)^¼, which depends on the scale of the loss and
+            moves length from A to B: the two factors are then the same diagonal up to a scalar, with the same σ.
     """
     r, device, wide = S_u.shape[-1], S_u.device, torch.float64
     eye = torch.eye(r, dtype=wide, device=device)
@@ -78,7 +85,8 @@ def balanced(
     T = torch.where(poor, W @ Vh, T)
     # back to the scale of S: σ carries √(scale_u scale_d), T carries (scale_d / scale_u)^¼
     scale_u, scale_d = (torch.where(usable[:, 0, 0], trace(S.to(wide)), 1.0) / alive.sum(-1) for S in (S_u, S_d))
-    c = torch.where(block & usable & ~poor, (scale_d / scale_u).pow(0.25)[:, None, None], 1.0)
+    ratio = (scale_d / scale_u).pow(0.25)[:, None, None]
+    c = torch.where(block & usable & ~poor, ratio, 1.0) if keep_scale else torch.ones_like(ratio)
     return Gauge(T * c, T_inv / c, sigma * (scale_u * scale_d).sqrt()[:, None] * usable[:, :, 0])
 
 

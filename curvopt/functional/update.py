@@ -69,7 +69,8 @@ class Slab:
 def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     """Adam on the preconditioned gradient."""
     for s in slabs:
-        _apply(s, _adam(s, s.matrix, found_inf)[0], found_inf)
+        delta, _, _ = _adam(s, s.matrix, found_inf)
+        _apply(s, delta, found_inf)
 
 
 def eigen_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
@@ -90,8 +91,8 @@ def momentum_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     With the identity it is AdamW's step length along the first moment, not AdamW.
     """
     for s in slabs:
-        delta, _ = _adam(s, None, found_inf)
-        direction = -s.exp_avg.to(delta.dtype)
+        delta, exp_avg, _ = _adam(s, None, found_inf)
+        direction = -exp_avg
         if s.matrix is not None:
             direction = left(s.matrix.to(delta.dtype), direction, s.rank_dim)
         length = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
@@ -101,14 +102,14 @@ def momentum_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
 
 def _through_and_back(s: Slab, forward: Tensor | None, back: Tensor | None, found_inf: Tensor) -> None:
     """Run Adam on ``forward ∇`` and apply ``back`` of its update."""
-    delta, spare = _adam(s, forward, found_inf)
+    delta, _, spare = _adam(s, forward, found_inf)
     if back is not None:
         delta = left(back.to(delta.dtype), delta, s.rank_dim, out=spare)
     _apply(s, delta, found_inf)
 
 
-def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor]:
-    """Advance the moments with M ∇; return −lr · m̂ / (√v̂ + ε), zero when ``found_inf`` is set, and a spare buffer.
+def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Advance the moments with M ∇; return −lr · m̂ / (√v̂ + ε), zero if ``found_inf``, m unrounded, and a buffer.
 
     Stacks are as large as the adapter, so the two that a step needs are used twice.
     """
@@ -133,7 +134,7 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor]
     if exp_avg is not s.exp_avg:
         s.exp_avg.copy_(exp_avg)
         s.exp_avg_sq.copy_(exp_avg_sq)
-    return delta, grads
+    return delta, exp_avg, grads
 
 
 def _apply(s: Slab, delta: Tensor, found_inf: Tensor) -> None:

@@ -72,13 +72,17 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         self._scratch = Scratch()
         self._ready = False
         super().__init__(params, defaults)
-        self._index_pairs()
-        if require_pairs and not self._pairs:
-            found = describe_search(model) if model is not None else _describe_names(self.param_groups)
-            raise ValueError(f"no LoRA pair found: {found}. Pass the model itself, or require_pairs=False")
         for group in self.param_groups:
             self._check_group(group)
-        self._check_pairs()
+        try:
+            self._index_pairs()
+            if require_pairs and not self._pairs:
+                found = describe_search(model) if model is not None else _describe_names(self.param_groups)
+                raise ValueError(f"no LoRA pair found: {found}. Pass the model itself, or require_pairs=False")
+            self._check_pairs()
+        except Exception:
+            self._release()
+            raise
         self._ready = True
 
     # ------------------------------------------------------------------ pairs and groups
@@ -114,6 +118,9 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         check("eps", g["eps"], is_number(g["eps"]) and g["eps"] >= 0, "a number ≥ 0")
         decay = g["weight_decay"]
         check("weight_decay", decay, is_number(decay) and decay >= 0, "a number ≥ 0")
+
+    def _release(self) -> None:
+        """Leave the model as it was found; subclasses that put hooks on it remove them."""
 
     def _check_pairs(self) -> None:
         """Validate what concerns a pair's two groups together; subclasses add to it."""
@@ -153,6 +160,9 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         if any(s.param is not (s.pair.A if s.name == "A" else s.pair.B) for s in silent):
             self._index_pairs()  # a framework replaced parameters: the old ones get no gradients any more
         self._assemble()
+        for group in self.param_groups:
+            if any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"]):
+                raise RuntimeError("sparse gradients are not supported; use dense ones, or another optimizer for them")
         scale = getattr(self, "grad_scale", None)
         stacks = [s for s in self._stacks if s.sides[0].param.grad is not None]
         for stack in stacks:
@@ -184,8 +194,6 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         resting = [s for s in loose if s.param.grad is None]
         fresh = [*partition(live_now, self.state), *partition(resting, self.state)]
         for stack in fresh:
-            if any(s.param.grad is not None and s.param.grad.is_sparse for s in stack.sides):
-                raise RuntimeError("sparse gradients are not supported")
             stack.bind(self.state, self._small_state(stack))
         self._stacks = kept + fresh
 

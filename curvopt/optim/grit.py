@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from curvopt.functional.update import Slab
 from curvopt.lora import LoraPair, resize_pair
 from curvopt.optim import matrices, report, reproject, settings
 from curvopt.optim.base import RankSpaceOptimizer
@@ -59,6 +60,8 @@ class GritKFAC(RankSpaceOptimizer):
         model: the module to search when ``params`` are groups of tensors.
 
     A step whose gradients (or whose GradScaler) say non-finite changes nothing and is counted; see `diagnostics`.
+    All cadences count calls of ``step``, such ones included. A GradScaler's scale is divided out of S_d; after
+    ``scaler.unscale_`` nobody can tell it, so it stays, and cancels in all that is made of S_d until it changes.
 
     Raises:
         TypeError: see `RankSpaceOptimizer`.
@@ -148,18 +151,19 @@ class GritKFAC(RankSpaceOptimizer):
         return loss
 
     def _update(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
-        """Run each rule over its slabs, a device at a time."""
-        batches: dict[tuple[str, torch.device], list[Stack]] = {}
+        """Run each rule over its slabs, a device at a time; every rule is plain Adam until the warm-up is over."""
+        batches: dict[tuple[str, torch.device], list[Slab]] = {}
         for stack in stacks:
-            batches.setdefault((stack.group["update"], stack.device), []).append(stack)
-        for (rule, device), batch in batches.items():
-            warm = [s.group["clock"] > s.group["warmup_steps"] for s in batch]
-            used = [s.state[MATRICES[rule][1]] if w else None for s, w in zip(batch, warm, strict=True)]
-            slabs = [s.slab(M, self._scratch.like(s.grads)) for s, M in zip(batch, used, strict=True)]
-            self._ops(f"{rule}_update", batch[0].grads)(slabs, found_inf[device])
-            for stack in batch:
-                stack.state["skipped"].add_(found_inf[device])
-                stack.release_grads()
+            g = stack.group
+            warm = g["clock"] > g["warmup_steps"]
+            matrix = stack.state[MATRICES[g["update"]][1]] if warm else None
+            slab = stack.slab(matrix, self._scratch.like(stack.grads))
+            batches.setdefault((g["update"] if warm else "adam", stack.device), []).append(slab)
+        for (rule, device), slabs in batches.items():
+            self._ops(f"{rule}_update", slabs[0].grads)(slabs, found_inf[device])
+        for stack in stacks:
+            stack.state["skipped"].add_(found_inf[stack.device])
+            stack.release_grads()
 
     def _reproject(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
         """Change the basis, and with it the rank, as each group asks."""
@@ -211,6 +215,10 @@ class GritKFAC(RankSpaceOptimizer):
 
     # ------------------------------------------------------------------ plumbing
 
+    def _release(self) -> None:
+        if hasattr(self, "_observer"):
+            self._observer.capture.remove()
+
     def _check_group(self, g: dict[str, Any]) -> None:
         super()._check_group(g)
         settings.check_group(g)
@@ -225,8 +233,7 @@ class GritKFAC(RankSpaceOptimizer):
         return pair.rank
 
     def _index_pairs(self) -> None:
-        if hasattr(self, "_observer"):
-            self._observer.capture.remove()
+        self._release()
         super()._index_pairs()
         self._observer = Observer(self._sides, self._pairs, self._process_group)
 

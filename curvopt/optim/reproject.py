@@ -32,7 +32,7 @@ def balanced(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor], ops
         stack = a[0][0]
         S_u, S_d = _factors(pairs)
         k = _rows("rank", a)
-        gauge = basis.balanced(S_u, S_d, k=k)
+        gauge = basis.balanced(S_u, S_d, k=k, keep_scale=False)
         fine = found_inf[stack.device] == 0
         eye = torch.eye(stack.r, dtype=gauge.T.dtype, device=stack.device)
         T, T_inv = torch.where(fine, gauge.T, eye), torch.where(fine, gauge.T_inv, eye)
@@ -126,7 +126,8 @@ def published(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) ->
             for (stack, j), P in zip(places, (P_a[i], P_g[i]), strict=True):
                 X = stack.matrices[j]
                 X.copy_(left(P[None], X[None].to(P.dtype), stack.rank_dim)[0])
-                stack.state["kept"][j].copy_(k[i])
+                kept = stack.state["kept"][j]
+                kept.copy_(torch.where(keep[i].squeeze(), k[i], kept))
 
 
 def _buckets(stacks: Sequence[Stack]) -> list[dict[LoraPair, tuple[Place, Place]]]:

@@ -66,7 +66,7 @@ class Observer:
             self._warned = True
             warnings.warn(
                 f"{len(never)} pairs received gradients but their activations were never seen ({', '.join(never[:3])}"
-                f"{', ...' if len(never) > 3 else ''}): they get plain AdamW. If the forward is fused or compiled, "
+                f"{', ...' if len(never) > 3 else ''}): no curvature acts on them. If the forward is fused, "
                 'use statistics="gradient"',
                 UserWarning,
                 stacklevel=5,
@@ -113,6 +113,8 @@ def from_activations(
     """
     world = world_size(process_group)
     seen = [pair for pair in pairs if world > 1 or pair in sums]
+    if not seen:
+        return {}, {}
     uu, dd = (_sums(sums, seen, key) for key in ("uu", "dd"))
     rows: list[Any] = [float(sums[pair].n) if pair in sums else 0.0 for pair in seen]
     if world > 1:
