@@ -1,17 +1,17 @@
-"""The switch: every op by its name, from the torch reference or from the Triton kernels, tensor by tensor.
+"""The switch: every op by its name, from the torch reference or from the Triton kernels, call by call.
 
-``backend="auto"`` takes the kernel for plain CUDA tensors when triton is installed and the reference otherwise;
-``"torch"`` always the reference; ``"triton"`` insists. Wrapper subclasses (DTensor) have no single data pointer and
-always take the reference.
+``backend="auto"`` takes the kernel for CUDA tensors where triton is installed and the kernel supports the arguments,
+and the reference otherwise; ``"torch"`` always the reference; ``"triton"`` insists that kernels exist. What a kernel
+does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) the reference does.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvopt import kernels  # type: ignore[attr-defined]  # mapped from kernels/ by setup.py
 from curvopt.functional import inverse, moments, truncate, update
 
 REFERENCE: dict[str, Callable[..., Any]] = {
@@ -32,7 +32,7 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 class Ops:
-    """The ops of one backend.
+    """The ops of one backend; ``fallbacks`` names those that CUDA tensors had to take from the reference.
 
     Args:
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -44,12 +44,24 @@ class Ops:
     def __init__(self, backend: str = "auto") -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-        if backend == "triton" and not (kernels.OPS and torch.cuda.is_available()):
-            missing = "a CUDA device is" if kernels.OPS else "the triton kernels are"
+        if backend == "triton" and not (_kernels().OPS and torch.cuda.is_available()):
+            missing = "a CUDA device is" if _kernels().OPS else "the triton kernels are"
             raise ValueError(f"backend='triton' needs triton and a CUDA device: {missing} not available here")
         self.backend = backend
+        self.fallbacks: set[str] = set()
 
-    def __call__(self, name: str, sample: Tensor) -> Callable[..., Any]:
-        """Return the implementation of op ``name`` for tensors like ``sample``."""
-        fused = self.backend != "torch" and sample.is_cuda and type(sample) in (Tensor, torch.nn.Parameter)
-        return (kernels.OPS.get(name) if fused else None) or REFERENCE[name]
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run op ``name``. Its first argument is a tensor or a sequence of slabs."""
+        sample = args[0] if isinstance(args[0], Tensor) else args[0][0].grads
+        if self.backend == "torch" or not sample.is_cuda:
+            return REFERENCE[name](*args, **kwargs)
+        kernels = _kernels()
+        if kernels.supports(name, *args, **kwargs):
+            return kernels.OPS[name](*args, **kwargs)
+        self.fallbacks.add(name)
+        return REFERENCE[name](*args, **kwargs)
+
+
+def _kernels() -> Any:
+    """Import the kernels when they are first needed: triton is heavy, and optional."""
+    return importlib.import_module("curvopt.kernels")

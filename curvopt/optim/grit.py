@@ -160,7 +160,7 @@ class GritKFAC(RankSpaceOptimizer):
             slab = stack.slab(matrix, self._scratch.like(stack.grads))
             batches.setdefault((g["update"] if warm else "adam", stack.device), []).append(slab)
         for (rule, device), slabs in batches.items():
-            self._ops(f"{rule}_update", slabs[0].grads)(slabs, found_inf[device])
+            self._ops(f"{rule}_update", slabs, found_inf[device])
         for stack in stacks:
             stack.state["skipped"].add_(found_inf[stack.device])
             stack.release_grads()

@@ -25,10 +25,12 @@ def live_rank(stack: Stack) -> Tensor | None:
 def make(stack: Stack, ops: Ops) -> Tensor:
     """Return the rule's matrices ``[L, r, r]`` for the factors as they are; a broken factor keeps what it has."""
     op, key = MATRICES[stack.group["update"]]
-    function, factor, old, k = ops(op, stack.state[key]), stack.state["factor"], stack.state[key], live_rank(stack)
+    factor, old, k = stack.state["factor"], stack.state[key], live_rank(stack)
     if op == "eigenbasis":
-        return function(factor, k, old)[0]
-    return function(factor, stack.group["damping"], k, old)
+        Q: Tensor = ops(op, factor, k, old)[0]
+        return Q
+    M: Tensor = ops(op, factor, stack.group["damping"], k, old)
+    return M
 
 
 def refresh(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor], ops: Ops) -> None:

@@ -21,6 +21,7 @@ def diagnose(optimizer: GritKFAC) -> dict[str, Any]:
     """Return a report of plain numbers, strings, lists and dicts. Reads the device.
 
     Keys: ``steps`` (calls of ``step``), ``skipped_updates`` (of those, how many changed nothing), ``backend``,
+    ``fallbacks`` (ops that CUDA tensors had to take from the reference),
     ``silent`` (pairs whose hook never fired though they had gradients), ``idle`` (pairs that never had a gradient),
     ``skipped_layers`` (layers that look like adapters but are not plain pairs, with the reason), and ``pairs``:
     by name
@@ -44,6 +45,7 @@ def diagnose(optimizer: GritKFAC) -> dict[str, Any]:
         "steps": max((g["clock"] for g in optimizer.param_groups), default=0),
         "skipped_updates": int(max(skipped, default=0)),
         "backend": optimizer._ops.backend,
+        "fallbacks": sorted(optimizer._ops.fallbacks),
         "silent": silent,
         "idle": [p.name for p, sides in known.items() if not sides],
         "skipped_layers": [] if model is None else find_skipped(model),

@@ -85,7 +85,7 @@ def _take(stack: Stack, observed: Observed, rows: dict[LoraPair, Any], found_inf
     nothing = torch.full_like(state["factor"][0], torch.nan)
     S_new = torch.stack([observed.get((s.pair, s.moment()), nothing) for s in stack.sides])
     decay = 0.0 if stack.group["statistics"] == "weight" else stack.group["factor_decay"]
-    took = ops("ema_", S_new)(state["factor"], S_new, state["observed"], decay, found_inf)
+    took = ops("ema_", state["factor"], S_new, state["observed"], decay, found_inf)
     n = [rows.get(s.pair, 1.0) for s in stack.sides]
     n = torch.stack(n) if isinstance(n[0], Tensor) else torch.tensor(n, dtype=torch.float64)
     state["rows"].add_(torch.where(took, n.to(S_new.device, non_blocking=True), 0.0))
