@@ -15,7 +15,8 @@ import torch
 from harness import RESULTS, table, write_csv
 from torch import nn
 
-from curvopt import GritKFAC, demo_task
+from curvopt import GritKFAC
+from curvopt.demo import task as demo_task
 
 Factory = Callable[[nn.Module, float], torch.optim.Optimizer]
 MEASURES = ("fine_tuning", "held_out", "retention")

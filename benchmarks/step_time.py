@@ -38,7 +38,8 @@ def optimizer_rows(part: str, layers: int, args: argparse.Namespace) -> list[dic
 
 def capture_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time forward and backward of the demo's model with the hooks off and on."""
-    from curvopt import GritKFAC, demo_task
+    from curvopt import GritKFAC
+    from curvopt.demo import task as demo_task
 
     model = demo_task.lora_model(demo_task.untrained_model(demo_task.PretrainConfig()), rank=8)
     optimizer = GritKFAC(model)

@@ -15,7 +15,10 @@ pytest.importorskip("peft")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from curvopt import demo, demo_options, demo_report, demo_task
+from curvopt.demo import options as demo_options
+from curvopt.demo import report as demo_report
+from curvopt.demo import run as demo
+from curvopt.demo import task as demo_task
 
 TINY = replace(demo_task.QUICK, steps=3, warmup=1, batch=2, length=16)
 
@@ -169,7 +172,7 @@ def test_interrupt_during_training_is_130(cache, tmp_path):
     """A real signal; the handler is set because a background shell starts its children without one."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from curvopt.demo import main; sys.exit(main(sys.argv[1:]))"
+        "from curvopt.demo.run import main; sys.exit(main(sys.argv[1:]))"
     )
     options = ["--quick", "--steps", "1000000", "--cache", str(cache), "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

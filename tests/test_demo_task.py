@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from curvopt import demo_task
+from curvopt.demo import task as demo_task
 
 TINY = replace(demo_task.QUICK, steps=3, warmup=1, batch=2, length=16)
 

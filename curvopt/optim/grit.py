@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvopt.functional.update import Slab
-from curvopt.lora import LoraPair, resize_pair
+from curvopt.lora import resize_pair
 from curvopt.optim import matrices, report, reproject, settings
 from curvopt.optim.base import RankSpaceOptimizer
 from curvopt.optim.matrices import MATRICES
@@ -178,7 +178,7 @@ class GritKFAC(RankSpaceOptimizer):
 
     def ranks(self) -> dict[str, int]:
         """Return the live rank of every pair by name: the rank of its tensors less the directions masked so far."""
-        return {pair.name: self._rank_of(pair) for pair in self._pairs}
+        return {pair.name: report.live_rank(self, pair) for pair in self._pairs}
 
     def compact(self) -> dict[str, int]:
         """Slice every pair and its state to its live rank for good, and return the ranks by name.
@@ -225,12 +225,6 @@ class GritKFAC(RankSpaceOptimizer):
 
     def _check_pairs(self) -> None:
         settings.check_pairs(self._sides)
-
-    def _rank_of(self, pair: LoraPair) -> int:
-        for p in (pair.A, pair.B):
-            if "rank" in self.state.get(p, {}):
-                return min(int(self.state[p]["rank"]), pair.rank)
-        return pair.rank
 
     def _index_pairs(self) -> None:
         self._release()

@@ -1,8 +1,6 @@
 """What GritKFAC tells of itself when asked."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +9,20 @@ from curvopt.functional.basis import balanced
 from curvopt.functional.inverse import broken, empty, normalised
 from curvopt.functional.ranks import entropy_rank
 from curvopt.lora import LoraPair, find_skipped
+from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.stacks import Side
+from curvopt.optim.statistics import source
 
-if TYPE_CHECKING:
-    from curvopt.optim.grit import GritKFAC
-    from curvopt.optim.stacks import Side
+
+def live_rank(optimizer: RankSpaceOptimizer, pair: LoraPair) -> int:
+    """Return the live rank of a pair: that of its tensors until a mask is set."""
+    for p in (pair.A, pair.B):
+        if "rank" in optimizer.state.get(p, {}):
+            return min(int(optimizer.state[p]["rank"]), pair.rank)
+    return pair.rank
 
 
-def diagnose(optimizer: GritKFAC) -> dict[str, Any]:
+def diagnose(optimizer: RankSpaceOptimizer) -> dict[str, Any]:
     """Return a report of plain numbers, strings, lists and dicts. Reads the device.
 
     Keys: ``steps`` (calls of ``step``), ``skipped_updates`` (of those, how many changed nothing), ``backend``,
@@ -53,19 +58,18 @@ def diagnose(optimizer: GritKFAC) -> dict[str, Any]:
     }
 
 
-def _unseen(optimizer: GritKFAC, sides: list[Side]) -> bool:
+def _unseen(optimizer: RankSpaceOptimizer, sides: list[Side]) -> bool:
     wanted = sides[0].group["statistics"] == "activation"
     return wanted and all(float(optimizer.state[s.param]["observed"]) == 0 for s in sides)
 
 
-def _pair(optimizer: GritKFAC, pair: LoraPair, sides: list[Side]) -> dict[str, Any]:
+def _pair(optimizer: RankSpaceOptimizer, pair: LoraPair, sides: list[Side]) -> dict[str, Any]:
     states = {s.name: optimizer.state[s.param] for s in sides}
-    out: dict[str, Any] = {"rank": optimizer._rank_of(pair), "full_rank": pair.rank, "note": pair.note}
+    out: dict[str, Any] = {"rank": live_rank(optimizer, pair), "full_rank": pair.rank, "note": pair.note}
     if not sides:
         return out
     group = sides[0].group
-    observable = group["statistics"] != "activation" or pair.signal is not None
-    out["statistics"] = group["statistics"] if observable else "gradient"
+    out["statistics"] = source(sides[0])
     out["rows"] = max(float(s["rows"]) for s in states.values())
     out["kept"] = [int(s["kept"]) for s in states.values() if "kept" in s][:1]
     k = torch.tensor([out["rank"]])

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from curvopt.demo_task import default_cache
+from curvopt.demo.task import default_cache
 
 FULL = {"rank": 8, "steps": 300, "batch": 8, "length": 128, "seeds": 2}
 QUICK = FULL | {"steps": 30, "length": 64}

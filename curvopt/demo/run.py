@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvopt import demo_report, demo_task
-from curvopt.demo_options import UsageError, parse, read_text
-from curvopt.demo_report import Losses, Run
+from curvopt.demo import report
+from curvopt.demo import task as work
+from curvopt.demo.options import UsageError, parse, read_text
+from curvopt.demo.report import Losses, Run
 
 Factory = Callable[[nn.Module, float], torch.optim.Optimizer]
 LEARNING_RATES = {"adamw": 1e-2, "grit": 1e-2}  # the best of 1e-3 to 2e-2 for both at rank 8
@@ -62,20 +63,20 @@ def optimizers(threshold: float | None = None, every: int = 20) -> dict[str, Fac
     return {"adamw": adamw, "grit": grit}
 
 
-def build_task(args: argparse.Namespace, progress: demo_task.Progress) -> Task:
+def build_task(args: argparse.Namespace, progress: work.Progress) -> Task:
     """The token streams and the base model that the options ask for; everything cheap is checked first."""
     texts = {name: read_text(name, getattr(args, name)) for name in ("data", "retain") if getattr(args, name)}
-    config = demo_task.QUICK if args.quick else demo_task.PretrainConfig()
+    config = work.QUICK if args.quick else work.PretrainConfig()
     if args.model:
         base, encode = load_folder(args)
-        texts.setdefault("data", "\n".join(t for part in demo_task.split_topics() for t in part.values()))
+        texts.setdefault("data", "\n".join(t for part in work.split_topics() for t in part.values()))
         streams = {name: encode(text) for name, text in texts.items()}
         longest = getattr(base.config, "max_position_embeddings", args.length)
     else:
-        domains = demo_task.load_text_domains()
+        domains = work.load_text_domains()
         streams = {"retain": domains.source_heldout}
-        streams |= {name: demo_task.byte_tokens(text) for name, text in texts.items()}
-        longest = demo_task.longest_window(config)
+        streams |= {name: work.byte_tokens(text) for name, text in texts.items()}
+        longest = work.longest_window(config)
     if args.length > longest:
         raise UsageError(f"--length: this model reads at most {longest} tokens, got {args.length}")
     if "data" in streams:
@@ -87,7 +88,7 @@ def build_task(args: argparse.Namespace, progress: demo_task.Progress) -> Task:
         if len(tokens) < args.length:
             raise UsageError(f"--{name}: too short for windows of {args.length} tokens")
     if not args.model:
-        base = demo_task.pretrained_model(args.cache, progress, config, domains)
+        base = work.pretrained_model(args.cache, progress, config, domains)
     unit = "nats per token" if args.model else "nats per byte"
     return Task(base.to(args.device), streams["train"], streams["data"], streams.get("retain"), unit)
 
@@ -112,21 +113,21 @@ def load_folder(args: argparse.Namespace) -> tuple[nn.Module, Callable[[str], Te
 
 def measure(model: nn.Module, task: Task, length: int) -> Losses:
     """The losses of a model on the task's texts."""
-    retain = None if task.retain is None else demo_task.evaluate(model, task.retain, length)
-    train, heldout = (demo_task.evaluate(model, tokens, length) for tokens in (task.train, task.heldout))
+    retain = None if task.retain is None else work.evaluate(model, task.retain, length)
+    train, heldout = (work.evaluate(model, tokens, length) for tokens in (task.train, task.heldout))
     return Losses(train, heldout, retain)
 
 
 def run_one(
-    task: Task, name: str, seed: int, args: argparse.Namespace, progress: demo_task.Progress
+    task: Task, name: str, seed: int, args: argparse.Namespace, progress: work.Progress
 ) -> tuple[Run, nn.Module]:
     """Fine-tune a fresh adapter; the seed gives every optimizer the same start and the same batches."""
-    model = demo_task.lora_model(task.base, args.rank, seed)
+    model = work.lora_model(task.base, args.rank, seed)
     make = optimizers(args.threshold, every=max(1, args.steps // 15))[name]
     optimizer: Any = make(model, args.lr[name])
-    data = demo_task.batches(task.train, args.batch, args.length, args.steps, seed)
+    data = work.batches(task.train, args.batch, args.length, args.steps, seed)
     start = time.perf_counter()
-    curve = demo_task.fine_tune(model, optimizer, data, args.steps, progress)
+    curve = work.fine_tune(model, optimizer, data, args.steps, progress)
     seconds = time.perf_counter() - start
     rank = mean(optimizer.ranks().values()) if hasattr(optimizer, "ranks") else args.rank
     if args.threshold and hasattr(optimizer, "compact"):
@@ -146,14 +147,14 @@ def save_and_reload(model: Any, run: Run, task: Task, args: argparse.Namespace) 
     model.save_pretrained(folder, save_embedding_layers=False)
     run.disk_bytes = (folder / "adapter_model.safetensors").stat().st_size
     again = PeftModel.from_pretrained(copy.deepcopy(task.base), folder)
-    loss = demo_task.evaluate(again, task.heldout, args.length)
+    loss = work.evaluate(again, task.heldout, args.length)
     same = abs(loss - run.losses.heldout) <= 1e-4
     verdict = "the same held-out loss" if same else "A DIFFERENT held-out loss"
     return f"{folder}: saved and loaded again, {verdict} ({run.losses.heldout:.6f}, {loss:.6f})", same
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[demo_task.Progress]:
+def progress_bar(title: str) -> Iterator[work.Progress]:
     """A rich progress bar, as a callback for steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -192,12 +193,12 @@ def run_demo(args: argparse.Namespace) -> int:
             run, models[name] = run_one(task, name, seed, args, progress)
         runs.append(run)
     reloaded = [save_and_reload(models[run.optimizer], run, task, args) for run in runs[-len(models) :]]
-    console.print(demo_report.table(runs, before, task.unit))
+    console.print(report.table(runs, before, task.unit))
     for line, _ in reloaded:
         console.print(line)
     title = f"LoRA rank {args.rank}, {args.steps} steps of {args.batch} × {args.length} tokens"
-    demo_report.figure(runs, before, task.unit, f"{title}, {args.seeds} seed(s)", args.out / "curves.png")
-    demo_report.write_numbers(runs, before, {k: str(v) for k, v in vars(args).items()}, args.out)
+    report.figure(runs, before, task.unit, f"{title}, {args.seeds} seed(s)", args.out / "curves.png")
+    report.write_numbers(runs, before, {k: str(v) for k, v in vars(args).items()}, args.out)
     console.print(f"{args.out}: curves.png, results.csv, results.json")
     return 0 if all(same for _, same in reloaded) else 1
 
@@ -218,7 +219,3 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"curvopt.demo: {message}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,7 @@
+"""``python -m curvopt.demo``."""
+
+import sys
+
+from curvopt.demo.run import main
+
+sys.exit(main())
