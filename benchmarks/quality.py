@@ -103,14 +103,14 @@ def plot(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the grid, print the summary, write the CSV and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2, 2e-2])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tau", type=float, default=0.99)
-    parser.add_argument("--every", type=int, default=20, help="steps between looks at the ranks")
+    parser.add_argument("--every", type=int, default=50, help="steps between looks at the ranks")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -17,8 +17,8 @@ zero parameter, so with the matrix equal to I (or None) adam, eigen and whiten a
 ``found_inf`` is torch's convention: a 0-d float tensor, non-zero when this step must change nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,22 +66,26 @@ class Slab:
     spare: Tensor | None = None
 
 
+# elements that a pass may write and the next still finds in a CPU's cache
+CHUNK = 2**19
+
+
 def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     """Adam on the preconditioned gradient."""
-    for s in slabs:
+    for s in _pieces(slabs):
         delta, _, _ = _adam(s, s.matrix, found_inf)
         _apply(s, delta, found_inf)
 
 
 def eigen_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     """Adam in the eigenbasis of the factor; both moments live in that basis."""
-    for s in slabs:
+    for s in _pieces(slabs):
         _through_and_back(s, None if s.matrix is None else s.matrix.mT, s.matrix, found_inf)
 
 
 def whiten_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     """Adam in whitened coordinates; both moments live there."""
-    for s in slabs:
+    for s in _pieces(slabs):
         _through_and_back(s, s.matrix, s.matrix, found_inf)
 
 
@@ -90,7 +94,7 @@ def momentum_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
 
     With the identity it is AdamW's step length along the first moment, not AdamW.
     """
-    for s in slabs:
+    for s in _pieces(slabs):
         delta, exp_avg, _ = _adam(s, None, found_inf)
         direction = -exp_avg
         if s.matrix is not None:
@@ -98,6 +102,27 @@ def momentum_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
         length = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
         graft = torch.linalg.vector_norm(delta, dim=(1, 2), keepdim=True)
         _apply(s, direction.mul_(torch.where(length > 0, graft / length, 0.0)), found_inf)
+
+
+def _pieces(slabs: Sequence[Slab]) -> Iterator[Slab]:
+    """Cut slabs on the CPU into pieces that stay in its cache from the first product to the last sum."""
+    for s in slabs:
+        L, n = len(s.params), max(1, CHUNK // max(1, s.grads[0].numel()))
+        if n >= L or not s.grads.is_cpu:
+            yield s
+            continue
+        for i in range(0, L, n):
+            cut = slice(i, min(i + n, L))
+            yield replace(
+                s,
+                params=s.params[cut],
+                grads=s.grads[cut],
+                exp_avg=s.exp_avg[cut],
+                exp_avg_sq=s.exp_avg_sq[cut],
+                step=s.step if cut.stop == L else s.step.clone(),  # the last piece counts for all
+                matrix=None if s.matrix is None else s.matrix[cut],
+                spare=None if s.spare is None else s.spare[: cut.stop - i],
+            )
 
 
 def _through_and_back(s: Slab, forward: Tensor | None, back: Tensor | None, found_inf: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The one hook: it sees u and the gradient d at u, and keeps their r×r sums.
 
 u is the output of the module that applies A, and d is the gradient of the loss at that output. A forward hook on the
-module forms uᵀu and puts a tensor hook on u; when the backward brings d, both sums are added. Counting happens in
+module puts a tensor hook on u; when the backward brings d, both sums are added. Counting happens in
 the backward alone: a forward without one (evaluation, generation, the first pass of a checkpointed block) leaves
 nothing, and a recomputed forward is not counted twice.
 """
@@ -26,16 +26,27 @@ class Sums:
     """What one pair has gathered since the last `pop`.
 
     Attributes:
-        uu: Σ uᵀu over the rows, (r, r), fp32 (fp64 for fp64 signals).
-        dd: Σ dᵀd over the rows, (r, r), of the gradients as they came: not scaled by the number of rows.
+        total: Σ zᵀz of the rows z = (u, d), (2r, 2r), fp32 (fp64 for fp64 signals); `uu` and `dd` are its blocks.
+            d is as it came, not scaled by the number of rows.
         n: Rows summed (tokens, or positions of a convolution's output).
         calls: Backward passes through the layer that were summed.
     """
 
-    uu: Tensor
-    dd: Tensor
-    n: int
-    calls: int
+    total: Tensor
+    n: int = 0
+    calls: int = 0
+
+    @property
+    def uu(self) -> Tensor:
+        """Σ uᵀu, (r, r)."""
+        r = self.total.shape[0] // 2
+        return self.total[:r, :r]
+
+    @property
+    def dd(self) -> Tensor:
+        """Σ dᵀd, (r, r)."""
+        r = self.total.shape[0] // 2
+        return self.total[r:, r:]
 
 
 class Capture:
@@ -96,15 +107,17 @@ class Capture:
         """Forget the sums since the last `pop`."""
         self._sums = {}
 
-    def _add(self, pair: LoraPair, uu: Tensor, d: Tensor) -> None:
-        """Count one backward hit: uu is (r, r), d is (n, r) in the dtype of uu."""
+    def _add(self, pair: LoraPair, u: Tensor, d: Tensor) -> None:
+        """Count one backward hit; u and d are (n, r)."""
         self.fired[pair] += 1
+        z = torch.cat((u, d), 1)  # one product for both; no autocast, no graph: z has no history and total is in place
+        if z.dtype not in (torch.float32, torch.float64):
+            z = z.float()
         sums = self._sums.get(pair)
-        if sums is None or _layout(sums.uu) != _layout(uu):  # the rank, device or dtype has changed
-            sums = self._sums[pair] = Sums(torch.zeros_like(uu), torch.zeros_like(uu), 0, 0)
-        sums.uu.add_(uu)
-        sums.dd.addmm_(d.T, d)
-        sums.n += d.shape[0]
+        if sums is None or _layout(sums.total) != _layout(z):  # the rank, device or dtype has changed
+            sums = self._sums[pair] = Sums(z.new_zeros(z.shape[1], z.shape[1]))
+        sums.total.addmm_(z.T, z)
+        sums.n += z.shape[0]
         sums.calls += 1
 
 
@@ -127,32 +140,27 @@ class _Hook:
         pair = self._pair() if self._pair is not None else None
         if capture is None or pair is None or not capture.active or not isinstance(output, Tensor):
             return None
-        if not torch.is_grad_enabled() or not (pair.a_trainable or pair.b_trainable):
+        if not torch.is_grad_enabled() or not (module.weight.requires_grad or pair.b_trainable):
             return None
         watched = output
         if not output.requires_grad:
             # A frozen A on an input without gradient: the backward would not come by otherwise.
             watched = output.detach().requires_grad_()
-        with torch.no_grad():
-            channel = _channel(module, output)
-            u = _rows(output, channel)
-            # In-place, so that autocast leaves it alone; only r×r numbers outlive the forward.
-            uu = u.new_zeros(u.shape[1], u.shape[1]).addmm_(u.T, u)
-        watched.register_hook(_on_gradient(weakref.ref(capture), weakref.ref(pair), uu, channel))
+        channel = _channel(module, output)
+        # the backward of B needs u too, so that holding it costs nothing (but r numbers a row under checkpointing)
+        watched.register_hook(_on_gradient(weakref.ref(capture), weakref.ref(pair), output.detach(), channel))
         return None if watched is output else watched
 
 
 def _on_gradient(
-    capture: weakref.ref[Capture], pair: weakref.ref[LoraPair], uu: Tensor, channel: int
+    capture: weakref.ref[Capture], pair: weakref.ref[LoraPair], u: Tensor, channel: int
 ) -> Callable[[Tensor | None], None]:
     """The tensor hook on u: d has u's shape, its rank is dimension `channel`."""
 
     def hook(d: Tensor | None) -> None:
         owner, key = capture(), pair()
-        if d is None or owner is None or key is None:
-            return
-        with torch.no_grad():
-            owner._add(key, uu, _rows(d, channel))
+        if d is not None and owner is not None and key is not None:
+            owner._add(key, _rows(u, channel), _rows(d.detach(), channel))
 
     return hook
 
@@ -164,10 +172,11 @@ def _channel(module: nn.Module, output: Tensor) -> int:
 
 
 def _rows(signal: Tensor, channel: int) -> Tensor:
-    """The signal as (n, r), in fp32, or fp64 if it is fp64."""
-    rows = signal.detach().movedim(channel, -1).flatten(0, -2) if signal.ndim > 1 else signal.detach()[None]
-    return rows if rows.dtype == torch.float64 else rows.float()
+    """The signal as (n, r)."""
+    if channel != signal.ndim - 1:
+        signal = signal.movedim(channel, -1)
+    return signal if signal.ndim == 2 else signal.reshape(-1, signal.shape[-1])
 
 
-def _layout(tensor: Tensor) -> tuple[torch.Size, torch.device, torch.dtype]:
-    return tensor.shape, tensor.device, tensor.dtype
+def _layout(tensor: Tensor) -> tuple[int, torch.device, torch.dtype]:
+    return tensor.shape[1], tensor.device, tensor.dtype

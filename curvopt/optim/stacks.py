@@ -46,7 +46,7 @@ class Side:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return the 2-D view of a tensor shaped like the parameter."""
-        return self.pair.matrix(self.name, tensor)
+        return tensor if tensor.ndim == 2 else self.pair.matrix(self.name, tensor)
 
     def key(self) -> tuple[Any, ...]:
         """Return what sides must share to be stacked."""
@@ -97,8 +97,8 @@ class Stack:
 
     @property
     def matrices(self) -> list[Tensor]:
-        """The parameters as 2-D views."""
-        return [s.matrix(s.param.detach()) for s in self.sides]
+        """The parameters as 2-D views, for use under no_grad."""
+        return [s.matrix(s.param) for s in self.sides]
 
     def bind(self, states: dict[Tensor, dict[str, Any]], small: dict[str, Tensor]) -> None:
         """Stack the state of the sides, taking over what ``states`` has, and put views of it back there.
@@ -132,7 +132,7 @@ class Stack:
 
     def load_grads(self, grad_scale: Tensor | None) -> None:
         """Stack this step's gradients in the compute dtype, divided by the loss scale if there is one."""
-        grads = [s.matrix(s.param.grad.detach()) for s in self.sides]
+        grads = [s.matrix(s.param.grad) for s in self.sides]
         if grads[0].dtype == self.compute_dtype:
             self.grads = torch.stack(grads, out=self.grads) if self.grads.numel() else torch.stack(grads)
         else:

@@ -9,11 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvopt.distributed import all_reduce_sums, world_size
+from curvopt.functional import compute_dtype
 from curvopt.lora import Capture, LoraPair, Sums
 from curvopt.ops import Ops
 from curvopt.optim.stacks import Side, Stack
 
-Observed = dict[tuple[LoraPair, str], Tensor]  # (pair, "u" or "d") → [r, r]
+# (pair, "u" or "d") → a sum [r, r] and the number (or 0-d tensor) that makes it a moment
+Observed = dict[tuple[LoraPair, str], tuple[Tensor, Any]]
 
 
 class Observer:
@@ -82,13 +84,21 @@ def source(side: Side) -> str:
 def _take(stack: Stack, observed: Observed, rows: dict[LoraPair, Any], found_inf: Tensor, ops: Ops) -> None:
     state = stack.state
     # a pair nobody observed this step has NaN, which ema_ does not take
-    nothing = torch.full_like(state["factor"][0], torch.nan)
-    S_new = torch.stack([observed.get((s.pair, s.moment()), nothing) for s in stack.sides])
+    nothing = (torch.full_like(state["factor"][0], torch.nan), 1.0)
+    found = [observed.get((s.pair, s.moment()), nothing) for s in stack.sides]
+    S_new = torch.stack([S for S, _ in found]) * _column([scale for _, scale in found], stack.device)[:, None, None]
+    S_new = S_new.to(state["factor"].dtype)
     decay = 0.0 if stack.group["statistics"] == "weight" else stack.group["factor_decay"]
     took = ops("ema_", state["factor"], S_new, state["observed"], decay, found_inf)
-    n = [rows.get(s.pair, 1.0) for s in stack.sides]
-    n = torch.stack(n) if isinstance(n[0], Tensor) else torch.tensor(n, dtype=torch.float64)
-    state["rows"].add_(torch.where(took, n.to(S_new.device, non_blocking=True), 0.0))
+    n = _column([rows.get(s.pair, 1.0) for s in stack.sides], stack.device)
+    state["rows"].add_(torch.where(took, n, 0.0))
+
+
+def _column(numbers: list[Any], device: torch.device) -> Tensor:
+    """Return numbers, or 0-d tensors, as one float64 tensor."""
+    if any(isinstance(n, Tensor) for n in numbers):
+        return torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def from_activations(
@@ -115,26 +125,25 @@ def from_activations(
     seen = [pair for pair in pairs if world > 1 or pair in sums]
     if not seen:
         return {}, {}
-    uu, dd = (_sums(sums, seen, key) for key in ("uu", "dd"))
-    rows: list[Any] = [float(sums[pair].n) if pair in sums else 0.0 for pair in seen]
+    totals = [sums[p].total if p in sums else _zeros(p) for p in seen]
+    rows: list[Any] = [float(sums[p].n) if p in sums else 0.0 for p in seen]
     if world > 1:
-        n = torch.tensor(rows, dtype=torch.float64, device=uu[0].device)
-        all_reduce_sums([n, *uu, *dd], process_group)
-        rows = list(n.unbind())
-    if grad_scale is not None:
-        dd = [S / grad_scale.to(S.device).square() for S in dd]
-    S_u = torch._foreach_div(uu, rows)
-    S_d = torch._foreach_mul(dd, [n / world**2 for n in rows])
-    observed = {(pair, "u"): S for pair, S in zip(seen, S_u, strict=True)}
-    observed |= {(pair, "d"): S for pair, S in zip(seen, S_d, strict=True)}
+        n = torch.tensor(rows, dtype=torch.float64, device=totals[0].device)
+        all_reduce_sums([n, *totals], process_group)
+        rows = list(torch.where(n > 0, n, torch.nan).unbind())  # nobody saw it: NaN, which is not taken
+    observed: Observed = {}
+    unscale = 1.0 if grad_scale is None else grad_scale.double().square().reciprocal()
+    for pair, total, n in zip(seen, totals, rows, strict=True):
+        r = total.shape[0] // 2
+        observed[pair, "u"] = (total[:r, :r], 1 / n)
+        observed[pair, "d"] = (total[r:, r:], n * unscale / world**2)
     return observed, dict(zip(seen, rows, strict=True))
 
 
-def _sums(sums: Mapping[LoraPair, Sums], pairs: Sequence[LoraPair], key: str) -> list[Tensor]:
-    """Return one sum per pair, zero for those this process did not see."""
-    return [
-        getattr(sums[p], key) if p in sums else torch.zeros(p.rank, p.rank, device=p.A.device) for p in pairs
-    ]  # fmt: skip
+def _zeros(pair: LoraPair) -> Tensor:
+    """Return the sums of a pair that this process did not see."""
+    A = pair.A
+    return torch.zeros(2 * pair.rank, 2 * pair.rank, dtype=compute_dtype(A.dtype), device=A.device)
 
 
 def from_gradients(stacks: Sequence[Stack]) -> Observed:
@@ -151,5 +160,5 @@ def _grams(stacks: Sequence[Stack], matrices: Sequence[Tensor], which: dict[str,
     observed: Observed = {}
     for stack, X in zip(stacks, matrices, strict=True):
         G = X @ X.mT if stack.rank_dim == 1 else X.mT @ X
-        observed |= {(s.pair, which[s.name]): S for s, S in zip(stack.sides, G.unbind(), strict=True)}
+        observed |= {(s.pair, which[s.name]): (S, 1.0) for s, S in zip(stack.sides, G.unbind(), strict=True)}
     return observed
