@@ -1,14 +1,17 @@
 """Fine-tuning quality on the demo's task: same start, same batches, equal steps, one grid of learning rates for all.
 
 Every optimizer runs at every learning rate with every seed; the one with the lowest mean fine-tuning loss is
-reported, with the paired difference to AdamW of the same seed. ``grit, τ`` adapts its ranks and is compacted before it
+reported, with the paired difference to AdamW of the same seed. The last one adapts its ranks and is compacted before it
 is measured. Writes results/quality.csv (every run) and results/quality.png.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -27,12 +30,14 @@ def contestants(tau: float, every: int) -> dict[str, Factory]:
     return {
         "AdamW": lambda m, lr: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=0),
         "GritKFAC": lambda m, lr: GritKFAC(m, lr),
-        f"GritKFAC, τ={tau}": lambda m, lr: GritKFAC(m, lr, rank_threshold=tau, reproject_every=every, min_rank=1),
+        "GritKFAC, ranks adapted": lambda m, lr: GritKFAC(m, lr, rank_threshold=tau, reproject_every=every, min_rank=1),
     }
 
 
-def run(task: dict[str, Any], make: Factory, lr: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune one adapter and measure it."""
+def run(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune one adapter on one thread and measure it."""
+    torch.set_num_threads(1)
+    task, make = load_task(), contestants(args.tau, args.every)[name]
     model = demo_task.lora_model(task["base"], args.rank, seed)
     optimizer: Any = make(model, lr)
     data = demo_task.batches(task["domains"].topics, args.batch, args.length, args.steps, seed)
@@ -44,13 +49,21 @@ def run(task: dict[str, Any], make: Factory, lr: float, seed: int, args: argpars
     texts = (task["domains"].topics, task["domains"].topics_heldout, task["domains"].source_heldout)
     losses = [demo_task.evaluate(model, text, args.length) for text in texts]
     return {
+        "optimizer": name, "lr": lr, "seed": seed, "rank": args.rank, "steps": args.steps,
         **dict(zip(MEASURES, (round(x, 5) for x in losses), strict=True)),
         "last_30_batches": round(statistics.fmean(curve[-30:]), 5),
         "compaction_changed": round(losses[1] - masked, 7),
         "mean_rank": round(statistics.fmean(ranks), 3),
         "adapter_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 2),
-    }
+    }  # fmt: skip
+
+
+@functools.cache
+def load_task() -> dict[str, Any]:
+    """Return the texts and the pre-trained model; once a process."""
+    domains = demo_task.load_text_domains()
+    return {"domains": domains, "base": demo_task.pretrained_model(domains=domains)}
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,19 +124,16 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tau", type=float, default=0.99)
     parser.add_argument("--every", type=int, default=50, help="steps between looks at the ranks")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    domains = demo_task.load_text_domains()
-    task = {"domains": domains, "base": demo_task.pretrained_model(domains=domains)}
+    load_task()  # pre-trains if need be, before the workers start
+    grid = [(name, lr, seed) for seed in range(args.seeds) for lr in args.lrs for name in contestants(0.99, 1)]
     rows: list[dict[str, Any]] = []
-    for seed in range(args.seeds):
-        for lr in args.lrs:
-            for name, make in contestants(args.tau, args.every).items():
-                row = {"optimizer": name, "lr": lr, "seed": seed, "rank": args.rank, "steps": args.steps}
-                rows.append({**row, **run(task, make, lr, seed, args)})
-                print(rows[-1], flush=True)
-        write_csv(RESULTS / "quality.csv", rows)  # after every seed, so that an interrupted run is not lost
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(run, *zip(*grid, strict=True), [args] * len(grid)):
+            rows.append(row)
+            print(row, flush=True)
+            write_csv(RESULTS / "quality.csv", rows)  # each time, so that an interrupted run is not lost
     print(table(lines := summarise(rows), list(lines[0])))
     plot(rows)
 

@@ -6,7 +6,7 @@ does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mix
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,11 +55,25 @@ class Ops:
         sample = args[0] if isinstance(args[0], Tensor) else args[0][0].grads
         if self.backend == "torch" or not sample.is_cuda:
             return REFERENCE[name](*args, **kwargs)
+        if name.endswith("_update"):
+            return self._update(name, *args)
+        return self._choose(name, *args, **kwargs)(*args, **kwargs)
+
+    def _update(self, name: str, slabs: Sequence[Any], found_inf: Tensor) -> None:
+        """Run an update rule: one call for the slabs the kernel takes, one for the others."""
+        parts: dict[Callable[..., Any], list[Any]] = {}
+        for slab in slabs:
+            parts.setdefault(self._choose(name, [slab], found_inf), []).append(slab)
+        for op, part in parts.items():
+            op(part, found_inf)
+
+    def _choose(self, name: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         kernels = _kernels()
         if kernels.supports(name, *args, **kwargs):
-            return kernels.OPS[name](*args, **kwargs)
+            kernel: Callable[..., Any] = kernels.OPS[name]
+            return kernel
         self.fallbacks.add(name)
-        return REFERENCE[name](*args, **kwargs)
+        return REFERENCE[name]
 
 
 def _kernels() -> Any:

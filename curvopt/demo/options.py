@@ -11,7 +11,7 @@ import torch
 
 from curvopt.demo.task import default_cache
 
-FULL = {"rank": 8, "steps": 300, "batch": 8, "length": 128, "seeds": 2}
+FULL = {"rank": 16, "steps": 300, "batch": 8, "length": 128, "seeds": 2}
 QUICK = FULL | {"steps": 30, "length": 64}
 
 
@@ -54,11 +54,11 @@ def parse(argv: list[str] | None, description: str, rates: dict[str, float]) -> 
     add("--model", type=Path, metavar="DIR", help="Hugging Face model folder with its tokenizer")
     add("--data", type=Path, metavar="FILE", help="text to fine-tune on; its last eighth is held out")
     add("--retain", type=Path, metavar="FILE", help="text on which to measure what is forgotten")
-    add("--optimizer", default="adamw,grit", metavar="NAME[,NAME]", help=f"of {', '.join(rates)}")
+    add("--optimizer", default="adamw,grit,grit-ranks", metavar="NAME[,NAME]", help=f"of {', '.join(rates)}")
     add("--lr", default="", metavar="LR", help="one number, or one per optimizer: adamw=5e-3,grit=1e-2")
     for name, default in FULL.items():
         add(f"--{name}", type=whole, metavar="N", help=f"default {default}")
-    add("--threshold", type=positive(float), metavar="τ", help="adapt ranks: energy to keep, 0 < τ <= 1")
+    add("--threshold", type=positive(float), default=0.99, metavar="τ", help="grit-ranks: energy to keep, 0 < τ <= 1")
     add("--device", default="cpu", help="default cpu")
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     add("--cache", type=Path, default=default_cache(), metavar="DIR", help="default %(default)s")
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None, description: str, rates: dict[str, float]) -> 
     unknown = [name for name in args.optimizer if name not in rates]
     if unknown:
         raise UsageError(f"--optimizer: unknown {', '.join(unknown)}; choose from {', '.join(rates)}")
-    if args.threshold and args.threshold > 1:
+    if args.threshold > 1:
         raise UsageError(f"--threshold: must be in (0, 1], got {args.threshold}")
     if args.length < 2:
         raise UsageError("--length: must be at least 2")

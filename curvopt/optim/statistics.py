@@ -1,4 +1,4 @@
-"""Where a step's observation of S_u and S_d comes from: three sources, one form, into one average."""
+"""What a step observes of S_u and S_d: three sources, one form, into one average."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from curvopt.distributed import all_reduce_sums, world_size
 from curvopt.functional import compute_dtype
-from curvopt.lora import Capture, LoraPair, Sums
+from curvopt.lora import Capture, LoraPair
 from curvopt.ops import Ops
 from curvopt.optim.stacks import Side, Stack
 
-# (pair, "u" or "d") → a sum [r, r] and the number (or 0-d tensor) that makes it a moment
-Observed = dict[tuple[LoraPair, str], tuple[Tensor, Any]]
+# one observation per side of a stack [L, r, r], and the rows behind each [L]; NaN for a pair nobody observed
+Observation = tuple[Tensor, Tensor]
 
 
 class Observer:
@@ -48,20 +48,34 @@ class Observer:
         self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor], grad_scale: Tensor | None, ops: Ops
     ) -> None:
         """Take this step's S_u and S_d into the factors of ``stacks``: S ← S + w (zᵀz/N − S)."""
-        observed: Observed = {}
-        rows: dict[LoraPair, Any] = {}
         by_source: dict[str, list[Stack]] = {"activation": [], "gradient": [], "weight": []}
         for stack in stacks:
             by_source[source(stack.sides[0])].append(stack)
-        if by_source["activation"]:
-            live = {side.pair for s in by_source["activation"] for side in s.sides}
-            sums = self.capture.pop()
-            pairs = [p for p in self.capture.pairs if p in live]
-            observed, rows = from_activations(sums, pairs, grad_scale, self._process_group)
-            self._warn([p.name for p in pairs if p not in sums and not self.capture.fired[p]])
-        observed |= from_gradients(by_source["gradient"]) | from_weights(by_source["weight"])
-        for stack in stacks:
-            _take(stack, observed, rows, found_inf[stack.device], ops)
+        seen = self._seen(by_source["activation"])
+        observed = from_activations(by_source["activation"], seen, grad_scale, world_size(self._process_group))
+        observed += from_gradients(by_source["gradient"]) + from_weights(by_source["weight"])
+        for stack, (S_new, rows) in zip([s for group in by_source.values() for s in group], observed, strict=True):
+            state, g = stack.state, stack.group
+            decay = 0.0 if g["statistics"] == "weight" else g["factor_decay"]
+            took = ops("ema_", state["factor"], S_new, state["observed"], decay, found_inf[stack.device])
+            state["rows"].add_(torch.where(took, rows, 0.0))
+
+    def _seen(self, stacks: Sequence[Stack]) -> dict[LoraPair, tuple[Tensor, Any]]:
+        """Return Σ zᵀz and N of each pair of ``stacks`` that any process saw since the last step."""
+        live = {side.pair for s in stacks for side in s.sides}
+        if not live:
+            return {}
+        sums = self.capture.pop()
+        pairs = [p for p in self.capture.pairs if p in live]
+        self._warn([p.name for p in pairs if p not in sums and not self.capture.fired[p]])
+        if world_size(self._process_group) == 1:
+            return {p: (sums[p].total, float(sums[p].n)) for p in pairs if p in sums}
+        totals = [sums[p].total if p in sums else _zeros(p) for p in pairs]
+        n = torch.tensor([float(sums[p].n) if p in sums else 0.0 for p in pairs], dtype=torch.float64)
+        n = n.to(totals[0].device)
+        all_reduce_sums([n, *totals], self._process_group)
+        rows = torch.where(n > 0, n, torch.nan).unbind()
+        return dict(zip(pairs, zip(totals, rows, strict=True), strict=True))
 
     def _warn(self, never: list[str]) -> None:
         if never and not self._warned:
@@ -81,17 +95,59 @@ def source(side: Side) -> str:
     return "gradient" if wanted == "activation" and side.pair.signal is None else wanted
 
 
-def _take(stack: Stack, observed: Observed, rows: dict[LoraPair, Any], found_inf: Tensor, ops: Ops) -> None:
-    state = stack.state
-    # a pair nobody observed this step has NaN, which ema_ does not take
-    nothing = (torch.full_like(state["factor"][0], torch.nan), 1.0)
-    found = [observed.get((s.pair, s.moment()), nothing) for s in stack.sides]
-    S_new = torch.stack([S for S, _ in found]) * _column([scale for _, scale in found], stack.device)[:, None, None]
-    S_new = S_new.to(state["factor"].dtype)
-    decay = 0.0 if stack.group["statistics"] == "weight" else stack.group["factor_decay"]
-    took = ops("ema_", state["factor"], S_new, state["observed"], decay, found_inf)
-    n = _column([rows.get(s.pair, 1.0) for s in stack.sides], stack.device)
-    state["rows"].add_(torch.where(took, n, 0.0))
+def from_activations(
+    stacks: Sequence[Stack],
+    seen: Mapping[LoraPair, tuple[Tensor, Any]],
+    grad_scale: Tensor | None,
+    world: int,
+) -> list[Observation]:
+    """S_u = Σ uᵀu / N and S_d = N Σ dᵀd, over all micro-batches and processes since the last step.
+
+    The loss is a mean over N rows, so d carries 1/N: (N d)ᵀ(N d)/N = N dᵀd. Under DDP the loss is also a mean over W
+    processes, whose d are therefore W times too large; under a GradScaler they carry its scale.
+
+    Args:
+        stacks: what to observe.
+        seen: Σ zᵀz ``[2r, 2r]`` of z = (u, d) and N by pair.
+        grad_scale: the loss scale, or None.
+        world: W, the number of processes whose sums are in.
+    """
+    observed = []
+    for stack in stacks:
+        r, device = stack.r, stack.device
+        nothing = (torch.full((2 * r, 2 * r), torch.nan, dtype=stack.compute_dtype, device=device), torch.nan)
+        found = [seen.get(s.pair, nothing) for s in stack.sides]
+        Z, n = torch.stack([total for total, _ in found]), _column([n for _, n in found], device)
+        if stack.sides[0].moment() == "u":
+            S = Z[:, :r, :r] / n[:, None, None]
+        else:
+            unscale = 1.0 if grad_scale is None else grad_scale.to(device).double().square()
+            S = Z[:, r:, r:] * (n / (unscale * world**2))[:, None, None]
+        observed.append((S.to(stack.compute_dtype), n))
+    return observed
+
+
+def from_gradients(stacks: Sequence[Stack]) -> list[Observation]:
+    """S_u → ∇Bᵀ∇B and S_d → ∇A∇Aᵀ: Shampoo's statistics restricted to the rank side. One row a step."""
+    return _grams(stacks, [s.grads for s in stacks], {"A": "d", "B": "u"})
+
+
+def from_weights(stacks: Sequence[Stack]) -> list[Observation]:
+    """S_u → A Aᵀ and S_d → BᵀB: Riemannian preconditioned LoRA (arXiv 2402.02347). One row a step."""
+    return _grams(stacks, [torch.stack(s.matrices).to(s.grads.dtype) for s in stacks], {"A": "u", "B": "d"})
+
+
+def _grams(stacks: Sequence[Stack], matrices: Sequence[Tensor], which: dict[str, str]) -> list[Observation]:
+    found: dict[tuple[LoraPair, str], Tensor] = {}
+    for stack, X in zip(stacks, matrices, strict=True):
+        G = X @ X.mT if stack.rank_dim == 1 else X.mT @ X
+        found |= {(s.pair, which[s.name]): S for s, S in zip(stack.sides, G.unbind(), strict=True)}
+    observed = []
+    for stack in stacks:
+        nothing = torch.full_like(stack.state["factor"][0], torch.nan)  # the partner is frozen or idle
+        S = torch.stack([found.get((s.pair, s.moment()), nothing) for s in stack.sides])
+        observed.append((S, torch.ones(len(stack.sides), dtype=torch.float64, device=stack.device)))
+    return observed
 
 
 def _column(numbers: list[Any], device: torch.device) -> Tensor:
@@ -101,64 +157,7 @@ def _column(numbers: list[Any], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
 
 
-def from_activations(
-    sums: Mapping[LoraPair, Sums],
-    pairs: Sequence[LoraPair],
-    grad_scale: Tensor | None,
-    process_group: dist.ProcessGroup | None,
-) -> tuple[Observed, dict[LoraPair, Any]]:
-    """S_u = Σ uᵀu / N and S_d = N Σ dᵀd, over all micro-batches and processes since the last step.
-
-    The loss is a mean over N rows, so d carries 1/N: (N d)ᵀ(N d)/N = N dᵀd. Under DDP the loss is also a mean over W
-    processes, whose d are therefore W times too large; under a GradScaler they carry its scale.
-
-    Args:
-        sums: what each pair's hook summed on this process.
-        pairs: all pairs in an order every process shares; a pair that no process saw gets no observation.
-        grad_scale: the loss scale, or None.
-        process_group: the processes to sum over.
-
-    Returns:
-        The observations by pair, and the rows N by pair: numbers, or 0-d tensors if they were summed over processes.
-    """
-    world = world_size(process_group)
-    seen = [pair for pair in pairs if world > 1 or pair in sums]
-    if not seen:
-        return {}, {}
-    totals = [sums[p].total if p in sums else _zeros(p) for p in seen]
-    rows: list[Any] = [float(sums[p].n) if p in sums else 0.0 for p in seen]
-    if world > 1:
-        n = torch.tensor(rows, dtype=torch.float64, device=totals[0].device)
-        all_reduce_sums([n, *totals], process_group)
-        rows = list(torch.where(n > 0, n, torch.nan).unbind())  # nobody saw it: NaN, which is not taken
-    observed: Observed = {}
-    unscale = 1.0 if grad_scale is None else grad_scale.double().square().reciprocal()
-    for pair, total, n in zip(seen, totals, rows, strict=True):
-        r = total.shape[0] // 2
-        observed[pair, "u"] = (total[:r, :r], 1 / n)
-        observed[pair, "d"] = (total[r:, r:], n * unscale / world**2)
-    return observed, dict(zip(seen, rows, strict=True))
-
-
 def _zeros(pair: LoraPair) -> Tensor:
     """Return the sums of a pair that this process did not see."""
     A = pair.A
     return torch.zeros(2 * pair.rank, 2 * pair.rank, dtype=compute_dtype(A.dtype), device=A.device)
-
-
-def from_gradients(stacks: Sequence[Stack]) -> Observed:
-    """S_u → ∇Bᵀ∇B and S_d → ∇A∇Aᵀ: Shampoo's statistics restricted to the rank side."""
-    return _grams(stacks, [s.grads for s in stacks], {"A": "d", "B": "u"})
-
-
-def from_weights(stacks: Sequence[Stack]) -> Observed:
-    """S_u → A Aᵀ and S_d → BᵀB: Riemannian preconditioned LoRA (arXiv 2402.02347)."""
-    return _grams(stacks, [torch.stack(s.matrices).to(s.grads.dtype) for s in stacks], {"A": "u", "B": "d"})
-
-
-def _grams(stacks: Sequence[Stack], matrices: Sequence[Tensor], which: dict[str, str]) -> Observed:
-    observed: Observed = {}
-    for stack, X in zip(stacks, matrices, strict=True):
-        G = X @ X.mT if stack.rank_dim == 1 else X.mT @ X
-        observed |= {(s.pair, which[s.name]): (S, 1.0) for s, S in zip(stack.sides, G.unbind(), strict=True)}
-    return observed

@@ -1,0 +1,84 @@
+"""The switch: which implementation a call gets, with a stand-in for the kernels where there is no CUDA device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from curvopt import ops
+from curvopt.functional import inverse, moments
+from curvopt.ops import REFERENCE, Ops
+
+
+class OnDevice(torch.Tensor):
+    """A host tensor that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Kernels for two ops that note how they were called; they take tensors of rank 4 and slabs marked as fitting."""
+    seen = []
+    kernels = SimpleNamespace(
+        OPS={
+            "gram": lambda z: seen.append(("gram", z.shape)),
+            "eigen_update": lambda slabs, found_inf: seen.append(("eigen_update", [s.name for s in slabs])),
+        },
+        supports=lambda name, first, *rest: (
+            name in kernels.OPS and (all(s.fits for s in first) if isinstance(first, list) else first.shape[-1] == 4)
+        ),
+    )
+    monkeypatch.setattr(ops, "_kernels", lambda: kernels)
+    return seen
+
+
+def on_device(*shape):
+    return torch.randn(*shape).as_subclass(OnDevice)
+
+
+def test_host_tensors_take_the_reference(calls):
+    z = torch.randn(9, 4)
+    assert torch.equal(Ops("auto")("gram", z), moments.gram(z))
+    assert calls == []
+
+
+def test_device_tensors_take_the_kernel_where_it_supports_them(calls):
+    auto = Ops("auto")
+    auto("gram", on_device(9, 4))
+    assert calls == [("gram", (9, 4))] and auto.fallbacks == set()
+
+
+def test_what_a_kernel_refuses_falls_back_and_is_named(calls):
+    auto, z = Ops("auto"), on_device(9, 5)
+    torch.testing.assert_close(auto("gram", z).as_subclass(torch.Tensor), moments.gram(z.as_subclass(torch.Tensor)))
+    S = torch.eye(4)[None].as_subclass(OnDevice)
+    torch.testing.assert_close(
+        auto("damped_inverse", S, 1.0).as_subclass(torch.Tensor), inverse.damped_inverse(torch.eye(4)[None], 1.0)
+    )
+    assert calls == [] and auto.fallbacks == {"gram", "damped_inverse"}
+
+
+def test_torch_means_the_reference_on_every_device(calls):
+    Ops("torch")("gram", on_device(9, 4))
+    assert calls == []
+
+
+def test_an_update_is_split_between_kernel_and_reference(calls, monkeypatch):
+    reference = []
+    monkeypatch.setitem(REFERENCE, "eigen_update", lambda slabs, found_inf: reference.extend(s.name for s in slabs))
+    slabs = [SimpleNamespace(name=n, fits=n in "ac", grads=SimpleNamespace(is_cuda=True)) for n in "abc"]
+    auto = Ops("auto")
+    auto("eigen_update", slabs, torch.zeros(()))
+    assert calls == [("eigen_update", ["a", "c"])] and reference == ["b"] and auto.fallbacks == {"eigen_update"}
+
+
+def test_backends_are_named_in_the_error():
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'torch', 'triton', got 'cuda'"):
+        Ops("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_triton_insists(calls):
+    with pytest.raises(ValueError, match="a CUDA device is not available"):
+        Ops("triton")
