@@ -1,0 +1,199 @@
+"""Every shipped configuration, compiled to machine code for a target without a GPU, and what that code takes.
+
+`cases` reads the same table as the launchers. `build` compiles one case and reads registers, stack and shared memory
+out of the result; a case fits if its shared memory is within the target's limit and its stack (spilled registers, and
+what little the compiler puts there of its own accord) within the configuration's allowance.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import eigen, inverse, launch, moments, truncate, update_tiles
+
+F32, I32, I64 = "*fp32", "*i32", "*i64"
+MODES = {"adam": 0, "eigen": 1, "whiten": 2, "momentum": 3, "graft": 4}
+TYPE_NAMES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with all its constants.
+
+    Attributes:
+        kernel: name of the op in the table.
+        label: what distinguishes the case.
+        function: the jitted function.
+        types: type of every run-time argument.
+        constants: value of every compile-time argument.
+        config: warps, stages, stack allowance.
+        unaligned: run-time arguments not known to be multiples of 16.
+    """
+
+    kernel: str
+    label: str
+    function: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    config: launch.Config
+    unaligned: tuple[str, ...] = ()
+
+
+@dataclass
+class Built:
+    """What a case compiled to; ``error`` if it did not."""
+
+    case: Case
+    target: str
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    error: str = ""
+    asm: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """Return "fits", or what does not."""
+        if self.error:
+            return "does not compile: " + self.error
+        if self.shared > launch.SHARED_LIMIT[self.target]:
+            return "does not fit: shared memory"
+        return "fits" if self.stack <= self.case.config.stack else "spills"
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Yield the shipped cases of a target."""
+    for op, rp in launch.TABLE:
+        config = launch.config(op, rp, target)
+        if config is not None:
+            yield from MAKERS[op](op, rp, config)
+
+
+def _rational(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"S": F32, "k": I64, "previous": F32, "poles": F32, "out": F32, "L": "i32"}
+    for Q in (1, 1 + len(inverse.quadrature(1e-3, rp + 1e-3))):
+        own = {"HAS_K": True, "HAS_PREVIOUS": True, "R": rp, "RP": rp, "G": c.group, "Q": Q}
+        own["IN_MEMORY"] = rp > inverse.REGISTER_RANK and Q > 1
+        yield Case(op, f"r={rp} Q={Q}", inverse._rational, types, own, c, ("L",))
+
+
+def _eigenbasis(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"S": F32, "k": I64, "previous": F32, "work": F32, "out": F32, "values": F32, "L": "i32"}
+    own = {"HAS_K": True, "HAS_PREVIOUS": True, "R": rp, "RP": rp, "G": c.group, "SWEEPS": eigen.SWEEPS}
+    own["IN_MEMORY"] = rp > inverse.REGISTER_RANK
+    yield Case(op, f"r={rp}", eigen._jacobi, types, own, c, ("L",))
+
+
+def _update(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"tiles": I32, "pointers": I64, "meta": I32, "scalars": F32, "partials": F32}
+    variants = [(rule, rp, "fp32", "fp32", "fp32", False) for rule in MODES]
+    variants += [("eigen", rp, "bf16", "fp32", "bf16", True), ("eigen", 3 * rp // 4, "bf16", "bf16", "bf16", False)]
+    for rule, r, p, g, s, stochastic in variants:
+        own = {"MODE": MODES[rule], "R": r, "RP": rp, "BD": c.block, "NP": 512, "PREC": c.precision, "ALIGN": True}
+        own |= {"PT": TYPE_NAMES[p], "GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s]}
+        own |= {"HAS_M": True, "HAS_K": True, "STOCHASTIC": stochastic}
+        seed = {"seed": I64 if stochastic else F32}
+        label = f"{rule} r={r} p={p} g={g} state={s}" + (" stochastic" if stochastic else "")
+        yield Case(op, label, update_tiles._update, types | seed, own, c)
+
+
+def _prepare(op: str, _: int, c: launch.Config) -> Iterator[Case]:
+    types = {"hyper": "*fp64", "lr_at": I64, "step_at": I64, "found_inf": F32, "scalars": F32, "NS": "i32"}
+    yield Case(op, "64 slabs", update_tiles._prepare, types, {"BLOCK": 64}, c, ("NS",))
+
+
+def _rows(op: str, _: int, c: launch.Config) -> Iterator[Case]:
+    types = {"tiles": I32, "pointers": I64, "meta": I32}
+    for name, dtype in TYPE_NAMES.items():
+        for scale in (False, True):
+            own = {"BLOCK": c.block, "T": dtype, "SCALE": scale, "ALIGN": True}
+            yield Case(op, f"{'scale' if scale else 'truncate'} {name}", truncate._rows, types, own, c)
+
+
+def _gram(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"pointers": I64, "rows": I64, "weights": I64, "scale": F32, "work": F32, "counters": I32}
+    types |= {"S": F32, "t": I64, "took": "*i8", "trace": F32, "found_inf": F32, "decay": "*fp64"}
+    narrow = op == "gram16"
+    for r in (rp, *((4, 8, 12) if rp == 16 else (3 * rp // 4,))):
+        pack = moments.PACKED.get(r, 1) if narrow else 1
+        width = launch.padded(pack * r, 16)
+        for name in ("bf16", "fp16") if narrow else ("fp32",):
+            own = {"R": r, "RP": rp, "P": pack, "W": width, "BN": c.block, "SPLIT": 4, "T": TYPE_NAMES[name]}
+            own |= {"WEIGHTED": not narrow, "SCALED": True, "EMA": True, "ALIGN": True, "UP": False}
+            yield Case(op, f"r={r} {name}", moments._gram, types, own | {"PREC": c.precision}, c)
+
+
+def _average(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"S": F32, "S_new": F32, "t": I64, "took": "*i8", "trace": F32, "found_inf": F32, "decay": "*fp64"}
+    yield Case(op, f"r={rp}", moments._average, types, {"R": rp, "RP": rp}, c)
+
+
+MAKERS = {
+    "rational": _rational,
+    "eigenbasis": _eigenbasis,
+    "update": _update,
+    "prepare": _prepare,
+    "rows": _rows,
+    "gram16": _gram,
+    "gram32": _gram,
+    "average": _average,
+}
+
+
+def build(case: Case, target: str) -> Built:
+    """Compile one case for a target; never raises for a case that does not compile."""
+    names = case.function.arg_names
+    signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
+    aligned = [n for n in case.types if n not in case.unaligned]
+    hints = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    constants = {(names.index(n),): v for n, v in case.constants.items()}
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
+    try:
+        kernel = triton.compile(ASTSource(case.function, signature, constants, hints), target=gpu, options=options)
+    except Exception as error:  # whatever the compiler throws is the answer
+        return Built(case, target, error=" ".join(str(error).split())[-200:] or type(error).__name__)
+    registers, stack = _amd(kernel.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(kernel.asm["cubin"])
+    return Built(case, target, registers, stack, kernel.metadata.shared, asm=dict(kernel.asm))
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int]:
+    usage = disassemble(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
+    return int(found[1]), int(found[2])
+
+
+def _amd(text: str) -> tuple[int, int]:
+    found = {n: int(v) for n, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
+    return found["vgpr_count"], found["private_segment_fixed_size"]
+
+
+def disassemble(cubin: bytes, option: str = "-sass") -> str:
+    """Return what the cuobjdump that comes with triton prints about machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def spills_in_loops(sass: str) -> list[str]:
+    """Return the loads and stores of spilled registers inside innermost loops of a disassembly."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    code = [(int(at, 16), text) for at, text in lines]
+    jumps = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text))]
+    loops = [(start, end) for start, end in jumps if start < end]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [text for at, text in code if re.search(r"\b(LDL|STL)\b", text) and any(s <= at <= e for s, e in inner)]

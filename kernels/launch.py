@@ -1,0 +1,146 @@
+"""Who runs what, and how: the static table of configurations, and the tests a tensor must pass to meet a kernel.
+
+There is no autotuning: most kernels work in place, and a tuner replays what it times. The table below is the only
+place where a tile, a warp count or a number of stages is written; the launchers, the compile report
+(``python -m curvopt.kernels``) and the tests all read it. It was chosen by compiling: the largest tile that fits the
+shared memory of every target without spilling registers.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_RANK = 128
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is launched.
+
+    Attributes:
+        block: length of a tile along its long side; 0 where the tile is the r×r matrix itself.
+        warps: warps per program.
+        stages: software pipelining depth of the loads.
+        group: matrices per program.
+        precision: of products of float32 operands; never plain tf32.
+        stack: bytes of stack a thread may take.
+    """
+
+    block: int = 0
+    warps: int = 4
+    stages: int = 1
+    group: int = 1
+    precision: str = "ieee"
+    stack: int = 16
+
+
+# (op, padded rank) -> configuration on every target not named in EXCEPTIONS
+TABLE: dict[tuple[str, int], Config] = {
+    ("rational", 4): Config(group=32, warps=4),
+    ("rational", 8): Config(group=4, warps=1),
+    ("rational", 16): Config(warps=2),
+    ("rational", 32): Config(warps=2),
+    ("rational", 64): Config(warps=8),
+    # the stack at 128 is what is kept across the loops; no instruction inside an inner loop touches it (tested)
+    ("rational", 128): Config(warps=16, stack=192),
+    ("eigenbasis", 4): Config(group=4, warps=1),
+    ("eigenbasis", 8): Config(group=2, warps=1),
+    ("eigenbasis", 16): Config(warps=2),
+    ("eigenbasis", 32): Config(warps=4),
+    ("eigenbasis", 64): Config(warps=8),
+    ("eigenbasis", 128): Config(warps=16, stack=320),
+    ("update", 16): Config(block=64, warps=4),
+    ("update", 32): Config(block=32, warps=4),
+    ("update", 64): Config(block=64, warps=8, precision="tf32x3"),
+    ("update", 128): Config(block=32, warps=8, precision="tf32x3"),
+    ("prepare", 0): Config(warps=1),
+    ("rows", 0): Config(block=1024, warps=4),
+    **{("average", rp): Config(warps=w) for rp, w in ((4, 1), (8, 1), (16, 1), (32, 2), (64, 4), (128, 8))},
+    # 16-bit rows: rp 16 and 32 are packed to 64 wide where r divides 64
+    ("gram16", 16): Config(block=64, warps=4, stages=3),
+    ("gram16", 32): Config(block=64, warps=4, stages=3),
+    ("gram16", 64): Config(block=64, warps=4, stages=3),
+    ("gram16", 128): Config(block=64, warps=8, stages=3),
+    ("gram32", 16): Config(block=64, warps=2, stages=2, precision="tf32x3"),
+    ("gram32", 32): Config(block=32, warps=4, stages=2, precision="tf32x3"),
+    ("gram32", 64): Config(block=32, warps=4, stages=2, precision="tf32x3"),
+    ("gram32", 128): Config(block=32, warps=8, stages=2, precision="tf32x3"),
+}
+
+# (op, padded rank, target) -> what differs there; None where the kernel is not shipped and the reference runs
+EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
+    ("gram32", 128, "sm_80"): None,  # spills half a kilobyte in the loop
+    ("update", 64, "sm_100"): Config(block=32, warps=8, precision="tf32x3"),
+    # tf32x3 does not exist there; float32 matrix instructions do
+    ("update", 64, "gfx942"): Config(block=32, warps=4),
+    ("update", 128, "gfx942"): Config(block=16, warps=8),
+    ("gram32", 16, "gfx942"): Config(block=64, warps=2),
+    ("gram32", 32, "gfx942"): Config(block=32, warps=4),
+    ("gram32", 64, "gfx942"): Config(block=32, warps=4),
+    ("gram32", 128, "gfx942"): Config(block=32, warps=8),
+}
+
+
+def config(op: str, rp: int, target: str | None = None) -> Config | None:
+    """Return the configuration of a kernel for a padded rank, or None where it is not shipped.
+
+    Args:
+        op: name of the kernel in the table.
+        rp: padded rank.
+        target: architecture, or None for the one of the current device.
+    """
+    target = target or here()
+    return EXCEPTIONS[op, rp, target] if (op, rp, target) in EXCEPTIONS else TABLE.get((op, rp))
+
+
+def padded(r: int, least: int) -> int:
+    """Return the power of two, at least ``least``, that holds a rank."""
+    return max(least, 1 << (r - 1).bit_length())
+
+
+def interpreting() -> bool:
+    """Return whether kernels run in Triton's interpreter, on host tensors (decided when triton was imported)."""
+    return not isinstance(_probe, triton.runtime.jit.JITFunction)
+
+
+@triton.jit
+def _probe() -> None:
+    pass
+
+
+def here() -> str:
+    """Return the target of the current device; a CUDA device between two targets counts as the older one."""
+    if not torch.cuda.is_available():
+        return TARGETS[1]
+    return _target_of(torch.cuda.current_device())
+
+
+@cache
+def _target_of(device: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [t for t in TARGETS if t.startswith("sm_") and int(t[3:]) <= 10 * major + minor]
+    return known[-1] if known else f"sm_{major}{minor}"
+
+
+def plain(tensors: Iterable[Any], dtypes: Iterable[torch.dtype] = FLOATS) -> bool:
+    """Return whether all tensors are dense, contiguous, of a known dtype, and on one device that runs kernels.
+
+    Wrapper subclasses (DTensor) have no single data pointer, so anything but Tensor and Parameter fails.
+    """
+    tensors = list(tensors)
+    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
+        return False
+    device = tensors[0].device
+    runs = device.type == "cpu" if interpreting() else device.type == "cuda" and here() in TARGETS
+    allowed = tuple(dtypes)
+    return runs and all(t.device == device and t.dtype in allowed and t.is_contiguous() for t in tensors)

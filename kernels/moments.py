@@ -1,0 +1,254 @@
+"""Second moments of rank space: Gram matrices, many in one launch, taken into their averages in the same launch.
+
+    G = Σ_n w_n z_n z_nᵀ over the first ``count`` rows,   S ← S + w (scale · G − S),   t ← t + 1,   w = (1−β)/(1−β^t)
+
+Program (m, s) sums slice s of the rows of matrix m and stores the partial sum; the last one of a matrix to finish adds
+the slices up, always in the same order, and takes the result into S: no floating-point atomics, so the factor does not
+depend on timing. Narrow rows are packed: for r in (4, 8, 16, 32), 64/r rows make one row of a 64×64 product, whose
+diagonal r×r blocks are added up: it wastes multiplications and gets full-width loads and matrix units instead.
+
+Hazards. Rows at and after ``count`` may hold anything: they are selected away. Counters live on the device and the
+last program resets them. 16-bit rows are multiplied as they are and summed in float32; float32 rows, and all rows with
+weights, go by tf32x3 or ieee, never plain tf32. The interpreter multiplies the bits of bfloat16, hence UP. Offsets are
+int64. `supports` refuses float64, rank > 128, wrapper subclasses, and what the table does not ship.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, tables
+from .update import TYPES
+
+PACKED = {4: 16, 8: 8, 16: 4, 32: 2}
+
+
+@triton.jit
+def _partial(
+    z, weights, count, begin, end,
+    R: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, T: tl.constexpr,
+    WEIGHTED: tl.constexpr, UP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Return the W×W Gram matrix of packed rows ``begin`` to ``end``, each P rows of z side by side."""
+    n, c = tl.arange(0, BN), tl.arange(0, W)
+    G = tl.zeros([W, W], tl.float32)
+    for n0 in range(begin, end, BN):
+        row = n0 + n
+        inside = (row < end)[:, None] & (c < P * R)[None, :]
+        at = row.to(tl.int64)[:, None] * (P * R) + c[None, :]
+        x = tl.load(z + at, mask=inside, other=0.0)
+        token = row[:, None] * P + c[None, :] // R
+        x = tl.where(token < count, x, tl.zeros([BN, W], T))
+        y = x
+        if WEIGHTED or UP:
+            x = x.to(tl.float32)
+            y = x
+        if WEIGHTED:
+            y = x * tl.load(weights + token, mask=inside & (token < count), other=0.0)
+        G = tl.dot(tl.trans(x), y, G, input_precision=PREC)
+    return G
+
+
+@triton.jit
+def _take(S, G, t_ptr, took_ptr, trace_ptr, found_inf, decay, i, j, R: tl.constexpr):
+    """S ← S + w (G − S) if G is finite and found_inf is not set; what `ema_` of the reference does to one pair."""
+    inside = (i < R) & (j < R)
+    G = tl.where(inside, G, 0.0)
+    bad = tl.sum(tl.sum(tl.where(tl.abs(G) < float("inf"), 0, 1), 1), 0)
+    took = (bad == 0) & (tl.load(found_inf).to(tl.float32) == 0)
+    t = tl.load(t_ptr) + took.to(tl.int32)
+    tl.store(t_ptr, t)
+    tl.store(took_ptr, took.to(tl.int8))
+    # in float64, since 1 − β^t cancels; exactly 1 the first time
+    count = tl.maximum(t.to(tl.float64), 1.0)
+    one_minus, log_decay = tl.load(decay), tl.load(decay + 1)
+    limit = log_decay == 0
+    w = tl.where(limit, 1.0 / count, one_minus / (1.0 - tl.exp(tl.where(limit, -1.0, count * log_decay))))
+    w = tl.where(count == 1, 1.0, w).to(tl.float32)
+    w = tl.where(took, w, 0.0)
+    old = tl.load(S + i * R + j, mask=inside, other=0.0)
+    new = tl.where(took, G, old)
+    # lerp from the nearer end, as torch does: exactly G for w = 1
+    mixed = tl.where(w < 0.5, old + w * (new - old), new - (new - old) * (1.0 - w))
+    tl.store(S + i * R + j, mixed, mask=inside)
+    tl.store(trace_ptr, tl.sum(tl.sum(tl.where(i == j, mixed, 0.0), 1), 0))
+
+
+@triton.jit
+def _gram(
+    pointers, rows, weights, scale, work, counters, S, t, took, trace, found_inf, decay,
+    R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    T: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, EMA: tl.constexpr, ALIGN: tl.constexpr,
+    UP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Sum slice ``program_id(1)`` of matrix ``program_id(0)``; the last slice writes S, or takes G into it (EMA)."""
+    matrix, slice = tl.program_id(0), tl.program_id(1)
+    z = tl.load(pointers + matrix).to(tl.pointer_type(T))
+    if ALIGN:
+        z = tl.multiple_of(z, 16)
+    count = tl.load(rows + matrix).to(tl.int32)
+    w = tl.load(weights + matrix).to(tl.pointer_type(tl.float32))
+    packed = (count + P - 1) // P
+    share = (packed + SPLIT * BN - 1) // (SPLIT * BN) * BN
+    begin = slice * share
+    end = tl.minimum(begin + share, packed)
+    G = _partial(z, w, count, begin, end, R, P, W, BN, T, WEIGHTED, UP, PREC)
+    a, b = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
+    mine = work + matrix.to(tl.int64) * (SPLIT * W * W)
+    tl.store(mine + slice * (W * W) + a * W + b, G)
+    # every thread's part is written before the count says so, and the count is seen before any part is read
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters + matrix, 1, sem="acq_rel", scope="gpu")
+    if arrived == SPLIT - 1:
+        tl.debug_barrier()
+        i, j = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
+        inside = (i < R) & (j < R)
+        total = tl.zeros([RP, RP], tl.float32)
+        for n in range(SPLIT * P):
+            at = (n // P) * (W * W) + (n % P) * (R * W + R) + i * W + j
+            total += tl.load(mine + at, mask=inside, other=0.0, cache_modifier=".cg")
+        if SCALED:
+            total = total * tl.load(scale + matrix)
+        tl.store(counters + matrix, 0)
+        own = S + matrix.to(tl.int64) * (R * R)
+        if EMA:
+            _take(own, total, t + matrix, took + matrix, trace + matrix, found_inf, decay, i, j, R)
+        else:
+            tl.store(own + i * R + j, total, mask=inside)
+
+
+@triton.jit
+def _average(
+    S, S_new, t, took, trace, found_inf, decay, R: tl.constexpr, RP: tl.constexpr
+):  # fmt: skip
+    """Take one given observation per pair."""
+    l = tl.program_id(0)
+    i, j = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
+    start = l.to(tl.int64) * (R * R)
+    G = tl.load(S_new + start + i * R + j, mask=(i < R) & (j < R), other=0.0)
+    _take(S + start, G, t + l, took + l, trace + l, found_inf, decay, i, j, R)
+
+
+def gram(z: Tensor) -> Tensor:
+    """Return zᵀz of the rows of ``z`` ``(N, r)`` as ``(r, r)``, summed in float32."""
+    return gram_many([z])[0]
+
+
+def gram_many(
+    zs: Sequence[Tensor],
+    counts: Tensor | None = None,
+    weights: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Return ``[M, r, r]``: scale_m Σ_n w_n z_n z_nᵀ of M matrices of one rank and dtype, in one launch.
+
+    Args:
+        zs: M matrices ``(N_m, r)``.
+        counts: ``[M]`` int64, how many leading rows of each are valid, or None for all.
+        weights: M vectors ``(N_m,)`` float32 of token weights, or None.
+        scale: ``[M]`` float32, or None.
+    """
+    r = zs[0].shape[1]
+    out = zs[0].new_empty(len(zs), r, r, dtype=torch.float32)
+    _launch_gram(zs, counts, weights, scale, out, None, 0.0, None)
+    return out
+
+
+def gram_ema_(
+    S: Tensor,
+    zs: Sequence[Tensor],
+    t: Tensor,
+    decay: float,
+    found_inf: Tensor | None = None,
+    counts: Tensor | None = None,
+    weights: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do ``ema_(S, gram_many(zs, ...), t, decay, found_inf)`` in one launch; return who took, and the traces of S."""
+    return _launch_gram(zs, counts, weights, scale, S, t, decay, found_inf)
+
+
+def ema_(S: Tensor, S_new: Tensor, t: Tensor, decay: float, found_inf: Tensor | None = None) -> Tensor:
+    """Take one observation per pair into the bias-corrected averages, in place; arguments as the reference."""
+    L, r = S.shape[0], S.shape[-1]
+    took, trace, found_inf = _results(S, found_inf)
+    rp = launch.padded(r, 4)
+    c = launch.config("average", rp)
+    assert c is not None
+    _average[(L,)](S, S_new, t, took, trace, found_inf, _decay(decay, S.device), R=r, RP=rp, num_warps=c.warps)
+    return took.bool()
+
+
+def supports_gram(z: Tensor) -> bool:
+    """Return whether `gram`, `gram_many` and `gram_ema_` take this matrix."""
+    fits = z.dim() == 2 and 0 < z.shape[1] <= launch.MAX_RANK and z.numel() < 2**31
+    return fits and launch.plain([z]) and _config(z) is not None
+
+
+def supports_ema(
+    S: Tensor, S_new: Tensor, t: Tensor, decay: float = 0.0, found_inf: Tensor | None = None
+) -> bool:  # fmt: skip
+    """Return whether `ema_` takes these arguments."""
+    fits = S.dim() == 3 and S.numel() > 0 and S.shape == S_new.shape and S.shape[-1] <= launch.MAX_RANK
+    others = t.device == S.device and (found_inf is None or found_inf.device == S.device)
+    return fits and others and t.is_contiguous() and launch.plain([S, S_new], (torch.float32,))
+
+
+def _results(S: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    L = S.shape[0]
+    none = tables.scratch("none", 1, torch.float32, S.device) if found_inf is None else found_inf
+    return S.new_empty(L, dtype=torch.int8), S.new_empty(L), none
+
+
+def _decay(decay: float, device: torch.device) -> Tensor:
+    """Return 1 − β and log β on the device in float64, as scalar arguments would be float32; log 0 as −1e30."""
+    return tables.on_device((1.0 - decay, math.log(decay) if decay > 0 else -1e30), torch.float64, device)
+
+
+def _config(z: Tensor) -> launch.Config | None:
+    r = z.shape[1]
+    op = "gram32" if z.dtype == torch.float32 else "gram16"
+    return launch.config(op, launch.padded(r, 16))
+
+
+def _launch_gram(
+    zs: Sequence[Tensor],
+    counts: Tensor | None,
+    weights: Sequence[Tensor] | None,
+    scale: Tensor | None,
+    S: Tensor,
+    t: Tensor | None,
+    decay: float,
+    found_inf: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    z, M, device = zs[0], len(zs), zs[0].device
+    r, c = z.shape[1], _config(z if weights is None else z.new_empty(0, z.shape[1], dtype=torch.float32))
+    assert c is not None, "refused by supports_gram()"
+    narrow = z.dtype != torch.float32 and weights is None
+    pack = PACKED.get(r, 1) if narrow else 1
+    width = max(16, launch.padded(pack * r, 16))
+    longest = max(z.shape[0] for z in zs)
+    # enough programs to fill a device, each with a few tiles to pipeline
+    split = max(1, min(512 // M, longest // pack // (4 * c.block), 32))
+    work = z.new_empty(M * split * width * width, dtype=torch.float32)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    counters = tables.scratch(f"gram{stream}", M, torch.int32, device)
+    if counts is None:
+        counts = tables.on_device([z.shape[0] for z in zs], torch.int64, device)
+    took, trace, found_inf = _results(S, found_inf)
+    _gram[(M, split)](
+        tables.on_device([z.data_ptr() for z in zs], torch.int64, device),
+        counts,
+        tables.on_device([0] * M if weights is None else [w.data_ptr() for w in weights], torch.int64, device),
+        S if scale is None else scale, work, counters,
+        S, S if t is None else t, took, trace, found_inf, _decay(decay, device),
+        R=r, RP=launch.padded(r, 16), P=pack, W=width, BN=c.block, SPLIT=split, T=TYPES[z.dtype],
+        WEIGHTED=weights is not None, SCALED=scale is not None, EMA=t is not None,
+        ALIGN=all(z.data_ptr() % 16 == 0 for z in zs), UP=launch.interpreting(), PREC=c.precision,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+    return took.bool(), trace

@@ -1,0 +1,100 @@
+"""What only a device can show: repeatability to the bit, and that a captured graph does what eager steps do."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from curvopt import kernels
+from curvopt.functional.update import RULES, Hyper, Slab
+from curvopt.ops import REFERENCE
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def slab(side, lr, r=16, d=512, L=8):
+    g = torch.Generator().manual_seed(side)
+    shape = (L, r, d) if side == 1 else (L, d, r)
+    p, grads, m = (torch.randn(shape, generator=g).cuda() for _ in range(3))
+    Q = torch.linalg.qr(torch.randn(L, r, r, generator=g)).Q.contiguous().cuda()
+    step = torch.tensor(0.0, device="cuda")
+    return Slab(list(p.unbind()), grads, m, m.square(), step, side, Q, Hyper(lr, 0.9, 0.999, 1e-8, 0.1))
+
+
+def copied(s):
+    c = copy.copy(s)
+    c.params = [p.clone() for p in s.params]
+    c.grads, c.exp_avg, c.exp_avg_sq, c.step = (t.clone() for t in (s.grads, s.exp_avg, s.exp_avg_sq, s.step))
+    return c
+
+
+def tensors(slabs):
+    return [t for s in slabs for t in (*s.params, s.exp_avg, s.exp_avg_sq, s.step)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_every_op_once_against_the_reference():
+    from curvopt.kernels import selfcheck
+
+    wrong = [(n, e, b) for n, e, b in selfcheck.run(REFERENCE, torch.device("cuda")) if not e <= b]
+    assert not wrong
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_updates_are_repeatable_to_the_bit(rule):
+    slabs = [slab(1, 1e-3), slab(2, 1e-3)]
+    found = torch.zeros((), device="cuda")
+    runs = [[copied(s) for s in slabs] for _ in range(5)]
+    for run in runs:
+        for _ in range(3):
+            kernels.OPS[f"{rule}_update"](run, found)
+    assert all(same(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("r, N", [(8, 70_001), (48, 9000), (128, 20_000)])
+def test_grams_are_repeatable_to_the_bit(r, N, dtype):
+    from curvopt.kernels import moments
+
+    zs = [torch.randn(N, r, device="cuda").to(dtype) for _ in range(3)]
+    first = moments.gram_many(zs)
+    assert all(torch.equal(moments.gram_many(zs), first) for _ in range(20))
+    exact = torch.stack([z.double().mT @ z.double() for z in zs])
+    assert ((first - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_captured_steps_are_eager_steps(rule):
+    lr = torch.tensor(1e-3, device="cuda")
+    found = torch.zeros((), device="cuda")
+    start = [slab(1, lr), slab(2, lr)]
+    eager, graphed = ([copied(s) for s in start] for _ in range(2))
+    op = kernels.OPS[f"{rule}_update"]
+    op(graphed, found)  # compiles and uploads
+    for s, original in zip(graphed, start, strict=True):
+        for t, o in zip(tensors([s]), tensors([original]), strict=True):
+            t.copy_(o)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op(graphed, found)
+    for n in range(20):
+        lr.fill_(1e-3 / (n + 1))
+        found.fill_(float(n == 7))
+        grads = [torch.randn_like(s.grads) for s in start]
+        for a, b, g in zip(eager, graphed, grads, strict=True):
+            a.grads.copy_(g), b.grads.copy_(g)
+        op(eager, found)
+        graph.replay()
+        assert same(eager, graphed), f"step {n}"
+    assert eager[0].step.item() == 19
+
+
+def test_a_capture_without_an_eager_step_says_so():
+    s = replace(slab(1, 1e-3, d=80))
+    found = torch.zeros((), device="cuda")
+    with pytest.raises(RuntimeError, match="eager step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels.OPS["eigen_update"]([s], found)

@@ -1,0 +1,97 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from curvopt import kernels
+from curvopt.ops import REFERENCE
+
+FOLDER = Path(kernels.__file__).parent
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda p: p.name)
+def test_no_module_imports_the_package_of_the_reference(path):
+    assert not [m for m in imported(path) if m.split(".")[0] == "curvopt"]
+
+
+def test_one_op_one_name():
+    pytest.importorskip("triton")
+    assert set(kernels.OPS) == set(REFERENCE)
+
+
+def test_import_without_triton_and_without_side_effects():
+    code = """
+import importlib.util, sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else real(name, *a)
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+threads, default = torch.get_num_threads(), torch.get_default_dtype()
+import curvopt.kernels as kernels
+assert kernels.OPS == {} and not kernels.supports("gram", torch.zeros(2, 2))
+assert (threads, default) == (torch.get_num_threads(), torch.get_default_dtype())
+from curvopt.kernels.__main__ import main
+assert main([]) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_starts_no_device():
+    pytest.importorskip("triton")
+    code = """
+import sys, torch, curvopt.kernels as kernels
+assert "triton" not in sys.modules, "only when it is asked for"
+assert kernels.OPS and "triton" in sys.modules and not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_host_tensors_are_refused_outside_the_interpreter():
+    pytest.importorskip("triton")
+    from curvopt.kernels import launch
+
+    if launch.interpreting():
+        pytest.skip("the interpreter takes host tensors")
+    assert not kernels.supports("damped_inverse", torch.eye(4)[None], 1e-2)
+    assert not kernels.supports("gram", torch.zeros(3, 4))
+    assert not kernels.supports("no_such_op", torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("r, least, expected", [(1, 1, 1), (3, 4, 4), (4, 16, 16), (17, 16, 32), (128, 4, 128)])
+def test_padding(r, least, expected):
+    launch = pytest.importorskip("curvopt.kernels.launch")
+    assert launch.padded(r, least) == expected
+
+
+def test_tiling_covers_every_element_once():
+    tables = pytest.importorskip("curvopt.kernels.tables")
+    tiles, first = tables.tiling((1, 64, 65, 200), 64)
+    assert list(zip(tiles[::2], tiles[1::2], strict=True)) == [
+        (0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (3, 3),
+    ]  # fmt: skip
+    assert first == [0, 1, 2, 4]
+
+
+def test_a_target_between_two_is_the_older_one(monkeypatch):
+    launch = pytest.importorskip("curvopt.kernels.launch")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: {0: (8, 9), 1: (12, 0), 2: (7, 5)}[d])
+    names = [launch._target_of.__wrapped__(d) for d in range(3)]
+    assert names == ["sm_80", "sm_100", "sm_75"]
+    assert names[2] not in launch.TARGETS, "older than any target: the reference runs"

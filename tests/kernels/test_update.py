@@ -1,0 +1,233 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from curvopt.kernels import launch, tables, update
+
+from curvopt import kernels
+from curvopt.functional.update import RULES, Hyper, Slab
+
+EPS = 6e-8
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ZERO = 0.0
+
+
+def slab(L, r, d, side, param=F32, state=F32, matrix=True, seed=0, **hyper):
+    g = torch.Generator().manual_seed(seed)
+    shape = (L, r, d) if side == 1 else (L, d, r)
+    draw = lambda: torch.randn(shape, generator=g)  # noqa: E731
+    Q, _ = torch.linalg.qr(torch.randn(L, r, r, generator=g))
+    given = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, **hyper}
+    return Slab(
+        params=list(draw().to(param).unbind()),
+        grads=draw(),
+        exp_avg=(0.1 * draw()).to(state),
+        exp_avg_sq=(0.1 + draw().square()).to(state),  # m / √v is ill-conditioned near zero
+        step=torch.tensor(3.0),
+        rank_dim=side,
+        matrix=Q.contiguous() if matrix else None,
+        hyper=Hyper(**given),
+    )
+
+
+def moved(s, device, dtype=None):
+    """A copy on the device; with ``dtype``, the floating-point oracle's."""
+    c = copy.copy(s)
+    cast = lambda t: t.detach().to(device, dtype, copy=True)  # noqa: E731
+    c.params = [cast(p) for p in s.params]
+    for name in ("grads", "exp_avg", "exp_avg_sq", "matrix"):
+        setattr(c, name, None if getattr(s, name) is None else cast(getattr(s, name)))
+    c.step = s.step.to(device, copy=True)
+    if isinstance(s.hyper.lr, torch.Tensor):
+        c.hyper = replace(s.hyper, lr=s.hyper.lr.to(device))
+    return c
+
+
+def tensors(s):
+    return [*s.params, *s.exp_avg, *s.exp_avg_sq]
+
+
+def both(rule, slabs, device, found=ZERO, **options):
+    """Run the kernel and the float64 oracle on copies."""
+    ours, exact = [moved(s, device) for s in slabs], [moved(s, "cpu", torch.float64) for s in slabs]
+    inf = torch.tensor(found, device=device)
+    assert kernels.supports(f"{rule}_update", ours, inf)
+    kernels.OPS[f"{rule}_update"](ours, inf, **options)
+    RULES[rule](exact, torch.tensor(found))
+    return ours, exact
+
+
+def check(ours, exact):
+    for s, e in zip(ours, exact, strict=True):
+        assert s.step.item() == e.step.item()
+        for got, want in zip(tensors(s), tensors(e), strict=True):
+            # two products of inner length r, each entry of order one to three, and one rounding to the stored dtype
+            # (a full unit in the interpreter, which cuts bfloat16 off instead of rounding)
+            unit = {F32: 40 * EPS, BF16: 2.0**-7, F16: 2.0**-10}[got.dtype]
+            torch.testing.assert_close(got.cpu().double(), want, rtol=unit, atol=unit + 1e-4 * EPS)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "r, d", [(4, 37), (6, 16), (8, 200), (12, 64), (16, 65), (24, 48), (32, 40), (48, 33), (64, 70)]
+)
+def test_both_sides_and_plain_slabs_in_one_launch(rule, r, d, device, monkeypatch):
+    launches = []
+    real = update._update
+    monkeypatch.setattr(update, "_update", Recorder(real, launches))
+    slabs = [slab(2, r, d, 1), slab(2, r, d + 9, 2, seed=1), slab(1, r, d, 1, matrix=False, seed=2, maximize=True)]
+    check(*both(rule, slabs, device))
+    assert len(launches) == (2 if rule == "momentum" else 1)
+
+
+class Recorder:
+    """A kernel that notes what it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def run(*args, **kwargs):
+            self.launches.append({"grid": grid, **kwargs})
+            return self.kernel[grid](*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("side", [1, 2])
+@pytest.mark.parametrize("r", [4, 8, 16, 64, 96, 128])
+@pytest.mark.parametrize("d", [1, 37, 200, 501, 1000])
+def test_matches_float64(rule, side, r, d, device):
+    check(*both(rule, [slab(1, r, d, side)], device))
+
+
+@pytest.mark.parametrize("r", [96, 128])
+def test_large_ranks(r, device):
+    check(*both("eigen", [slab(1, r, 40, 1), slab(1, r, 32, 2)], device))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_mixed_ranks_dtypes_and_hyperparameters(rule, device):
+    slabs = [
+        slab(1, 8, 32, 1, lr=torch.tensor(3e-3)),
+        slab(2, 8, 32, 2, BF16, BF16, weight_decay=0.0),
+        slab(1, 16, 48, 1, BF16, F32, eps=1e-3),
+        slab(1, 6, 20, 2, F16, F32, beta1=0.0, beta2=0.5),
+        slab(1, 6, 20, 2, lr=0.0),
+    ]
+    check(*both(rule, slabs, device))
+
+
+def test_alignment_branches(device, monkeypatch):
+    launches = []
+    monkeypatch.setattr(update, "_update", Recorder(update._update, launches))
+    both("adam", [slab(1, 8, 32, 1)], device)
+    both("adam", [slab(1, 8, 33, 1)], device)
+    shifted = slab(1, 8, 32, 1)
+    shifted.params = [torch.zeros(8 * 32 + 1)[1:].view(8, 32)]
+    ours = moved(shifted, device)
+    ours.params = [torch.zeros(8 * 32 + 1, device=device)[1:].view(8, 32)]
+    update.adam_update([ours], torch.tensor(0.0, device=device))
+    assert [x["ALIGN"] for x in launches] == [True, False, False]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_found_inf_changes_nothing(rule, device):
+    s = slab(2, 8, 20, 1)
+    s.grads[0, 0, 0] = float("nan")
+    ours, _ = both(rule, [s], device, found=1.0)
+    assert ours[0].step.item() == 3
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(tensors(ours[0]), tensors(s), strict=True))
+
+
+def test_several_steps_follow_a_changing_learning_rate(device):
+    ours, exact = moved(slab(1, 8, 20, 1), device), moved(slab(1, 8, 20, 1), "cpu", torch.float64)
+    for n in range(4):
+        grad = torch.randn(1, 8, 20, generator=torch.Generator().manual_seed(n))
+        ours.grads, exact.grads = grad.to(device), grad.double()
+        ours.hyper.lr = exact.hyper.lr = 1e-2 / (n + 1)
+        update.eigen_update([ours], torch.tensor(0.0, device=device))
+        RULES["eigen"]([exact], torch.tensor(0.0))
+    check([ours], [exact])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("side", [1, 2])
+def test_dead_directions_become_zero_whatever_they_hold(rule, side, device):
+    s = slab(2, 8, 20, side)
+    s.k = torch.tensor([3, 8], device=device)
+    rows = (slice(3, None), slice(None)) if side == 1 else (slice(None), slice(3, None))
+    for t in (s.params[0], s.grads[0], s.exp_avg[0], s.exp_avg_sq[0]):
+        t[rows] = float("nan")
+    s.matrix[:] = torch.eye(8)
+    ours = moved(s, device)
+    kernels.OPS[f"{rule}_update"]([ours], torch.tensor(0.0, device=device))
+    for t in (ours.params[0], ours.exp_avg[0], ours.exp_avg_sq[0]):
+        assert (t[rows] == 0).all()
+    assert all(t.isfinite().all() for t in tensors(ours))
+
+
+def test_stochastic_rounding_is_unbiased_and_repeatable(device):
+    s = slab(1, 16, 512, 1, BF16, matrix=False, lr=1e-3)
+    s.params[0].fill_(1.0)
+    s.grads.fill_(1.0)
+    s.exp_avg.zero_(), s.exp_avg_sq.zero_(), s.step.zero_()
+    s.hyper.weight_decay = 0.0
+    seed, found = torch.tensor(7, device=device), torch.tensor(0.0, device=device)
+    runs = [moved(s, device) for _ in range(3)]
+    update.adam_update([runs[0]], found, rounding=seed)
+    update.adam_update([runs[1]], found, rounding=seed)
+    update.adam_update([runs[2]], found, rounding=seed + 1)
+    first, again, other = (x.params[0].cpu().float() for x in runs)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    # 1 − 1e-3 lies a quarter of the way from 1 − 2⁻⁸ to 1; the mean of 8192 draws has a deviation of 2⁻⁸·0.44/90
+    assert set(first.unique().tolist()) == {1.0, 1 - 2.0**-8}
+    assert abs(first.mean().item() - (1 - 1e-3)) < 5 * 2.0**-8 * 0.44 / 90
+
+
+def test_wrong_matrix_fails_the_check(device):
+    good = slab(1, 8, 20, 1)
+    bad = copy.copy(good)
+    bad.matrix = good.matrix.mT.contiguous()
+    ours, _ = both("eigen", [bad], device)
+    _, exact = both("eigen", [good], device)
+    with pytest.raises(AssertionError):
+        check(ours, exact)
+
+
+def test_supports(device):
+    found = torch.tensor(0.0, device=device)
+    fits = lambda s: kernels.supports("eigen_update", [s], found)  # noqa: E731
+    assert fits(moved(slab(1, 8, 20, 1), device))
+    assert not kernels.supports("eigen_update", [], found)
+    assert not fits(moved(slab(1, 8, 20, 1), device, torch.float64))
+    assert not fits(moved(slab(1, 129, 4, 1), device))
+    strided = moved(slab(1, 8, 20, 1), device)
+    strided.params = [strided.params[0].mT.contiguous().mT]
+    assert not fits(strided)
+    mixed = moved(slab(2, 8, 20, 1), device)
+    mixed.params[1] = mixed.params[1].half()
+    assert not fits(mixed)
+    wrapped = moved(slab(1, 8, 20, 1), device)
+    wrapped.params = [wrapped.params[0].as_subclass(type("Wrapped", (torch.Tensor,), {}))]
+    assert not fits(wrapped)
+    fractional = moved(slab(1, 8, 20, 1), device)
+    fractional.matrix = fractional.matrix.bfloat16()
+    assert not fits(fractional)
+
+
+def test_tables_are_uploaded_once_and_bounded(device):
+    a = tables.on_device((1, 2, 3), torch.int64, device)
+    assert tables.on_device((1, 2, 3), torch.int64, device) is a
+    assert tables.on_device((1, 2, 4), torch.int64, device) is not a
+    for n in range(tables.LIMIT + 5):
+        tables.on_device((n,), torch.int32, device)
+    assert len(tables._recent) <= tables.LIMIT
+
+
+def test_table_covers_every_rank():
+    for r in range(1, launch.MAX_RANK + 1):
+        assert launch.config("update", launch.padded(r, 16), "sm_90") is not None
