@@ -1,8 +1,8 @@
 """The switch: every op by its name, from the torch reference or from the Triton kernels, call by call.
 
-``backend="auto"`` takes the kernel for CUDA tensors where triton is installed and the kernel supports the arguments,
-and the reference otherwise; ``"torch"`` always the reference; ``"triton"`` insists that kernels exist. What a kernel
-does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) the reference does.
+``"torch"`` is always the reference. ``"triton"`` insists that kernels exist and takes them for CUDA tensors; what a
+kernel does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) the reference does.
+``"auto"`` is to choose the kernels on CUDA; until they have been verified on a device it is the reference everywhere.
 """
 
 import importlib
@@ -53,7 +53,7 @@ class Ops:
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run op ``name``. Its first argument is a tensor or a sequence of slabs."""
         sample = args[0] if isinstance(args[0], Tensor) else args[0][0].grads
-        if self.backend == "torch" or not sample.is_cuda:
+        if self.backend != "triton" or not sample.is_cuda:
             return REFERENCE[name](*args, **kwargs)
         if name.endswith("_update"):
             return self._update(name, *args)

@@ -30,6 +30,7 @@ def calls(monkeypatch):
         ),
     )
     monkeypatch.setattr(ops, "_kernels", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return seen
 
 
@@ -39,28 +40,29 @@ def on_device(*shape):
 
 def test_host_tensors_take_the_reference(calls):
     z = torch.randn(9, 4)
-    assert torch.equal(Ops("auto")("gram", z), moments.gram(z))
+    assert torch.equal(Ops("triton")("gram", z), moments.gram(z))
     assert calls == []
 
 
 def test_device_tensors_take_the_kernel_where_it_supports_them(calls):
-    auto = Ops("auto")
-    auto("gram", on_device(9, 4))
-    assert calls == [("gram", (9, 4))] and auto.fallbacks == set()
+    triton = Ops("triton")
+    triton("gram", on_device(9, 4))
+    assert calls == [("gram", (9, 4))] and triton.fallbacks == set()
 
 
 def test_what_a_kernel_refuses_falls_back_and_is_named(calls):
-    auto, z = Ops("auto"), on_device(9, 5)
-    torch.testing.assert_close(auto("gram", z).as_subclass(torch.Tensor), moments.gram(z.as_subclass(torch.Tensor)))
+    triton, z = Ops("triton"), on_device(9, 5)
+    torch.testing.assert_close(triton("gram", z).as_subclass(torch.Tensor), moments.gram(z.as_subclass(torch.Tensor)))
     S = torch.eye(4)[None].as_subclass(OnDevice)
     torch.testing.assert_close(
-        auto("damped_inverse", S, 1.0).as_subclass(torch.Tensor), inverse.damped_inverse(torch.eye(4)[None], 1.0)
+        triton("damped_inverse", S, 1.0).as_subclass(torch.Tensor), inverse.damped_inverse(torch.eye(4)[None], 1.0)
     )
-    assert calls == [] and auto.fallbacks == {"gram", "damped_inverse"}
+    assert calls == [] and triton.fallbacks == {"gram", "damped_inverse"}
 
 
-def test_torch_means_the_reference_on_every_device(calls):
-    Ops("torch")("gram", on_device(9, 4))
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_the_reference_on_every_device(calls, backend):
+    Ops(backend)("gram", on_device(9, 4))
     assert calls == []
 
 
@@ -68,9 +70,9 @@ def test_an_update_is_split_between_kernel_and_reference(calls, monkeypatch):
     reference = []
     monkeypatch.setitem(REFERENCE, "eigen_update", lambda slabs, found_inf: reference.extend(s.name for s in slabs))
     slabs = [SimpleNamespace(name=n, fits=n in "ac", grads=SimpleNamespace(is_cuda=True)) for n in "abc"]
-    auto = Ops("auto")
-    auto("eigen_update", slabs, torch.zeros(()))
-    assert calls == [("eigen_update", ["a", "c"])] and reference == ["b"] and auto.fallbacks == {"eigen_update"}
+    triton = Ops("triton")
+    triton("eigen_update", slabs, torch.zeros(()))
+    assert calls == [("eigen_update", ["a", "c"])] and reference == ["b"] and triton.fallbacks == {"eigen_update"}
 
 
 def test_backends_are_named_in_the_error():
@@ -79,6 +81,6 @@ def test_backends_are_named_in_the_error():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_triton_insists(calls):
+def test_triton_insists():
     with pytest.raises(ValueError, match="a CUDA device is not available"):
         Ops("triton")

@@ -145,6 +145,8 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
             if p in groups
         ]
         self._stacks = []
+        paired = {s.param for s in self._sides}
+        self._others = [[p for p in g["params"] if p not in paired] for g in self.param_groups]
 
     # ------------------------------------------------------------------ one step
 
@@ -156,42 +158,38 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
 
     def _gather(self) -> tuple[list[Stack], dict[int, list[Tensor]]]:
         """Return the stacks with gradients, loaded, and by group the other parameters with gradients."""
-        silent = (s for s in self._sides if s.param.grad is None)
-        if any(s.param is not (s.pair.A if s.name == "A" else s.pair.B) for s in silent):
+        self._read_grads()
+        if any(s.param is not (s.pair.A if s.name == "A" else s.pair.B) for s in self._sides if s.grad is None):
             self._index_pairs()  # a framework replaced parameters: the old ones get no gradients any more
+            self._read_grads()
+        others = {i: [p for p in params if p.grad is not None] for i, params in enumerate(self._others)}
+        grads = [*(s.grad for s in self._sides), *(p.grad for params in others.values() for p in params)]
+        if any(g is not None and g.layout is not torch.strided for g in grads):
+            raise RuntimeError("sparse gradients are not supported; use dense ones, or another optimizer for them")
         self._assemble()
-        for group in self.param_groups:
-            if any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"]):
-                raise RuntimeError("sparse gradients are not supported; use dense ones, or another optimizer for them")
         scale = getattr(self, "grad_scale", None)
-        stacks = [s for s in self._stacks if s.sides[0].param.grad is not None]
+        stacks = [s for s in self._stacks if s.live]
         for stack in stacks:
             stack.load_grads(scale)
-        paired = {s.param for s in self._sides}
-        others = {
-            i: [p for p in g["params"] if p.grad is not None and p not in paired]
-            for i, g in enumerate(self.param_groups)
-        }
         return stacks, others
+
+    def _read_grads(self) -> None:
+        for side in self._sides:
+            side.grad = side.param.grad
 
     def _assemble(self) -> None:
         """Bring the stacks in line with which parameters have gradients now. Usually nothing changes."""
-        kept, loose = [], []
+        kept = []
         for stack in self._stacks:
-            live = [s.param.grad is not None for s in stack.sides]
+            live = [s.grad is not None for s in stack.sides]
             if stack.bound(self.state) and (all(live) or not any(live)):
                 kept.append(stack)
-            else:
-                loose += stack.sides
         stacked = {id(s) for stack in kept for s in stack.sides}
-        loose = [
-            s for s in self._sides if id(s) not in stacked and (s.param.grad is not None or self.state.get(s.param))
-        ]
-        if not loose:
-            self._stacks = kept
+        if len(stacked) == len(self._sides):
             return
-        live_now = [s for s in loose if s.param.grad is not None]
-        resting = [s for s in loose if s.param.grad is None]
+        loose = [s for s in self._sides if id(s) not in stacked and (s.grad is not None or self.state.get(s.param))]
+        live_now = [s for s in loose if s.grad is not None]
+        resting = [s for s in loose if s.grad is None]
         fresh = [*partition(live_now, self.state), *partition(resting, self.state)]
         for stack in fresh:
             stack.bind(self.state, self._small_state(stack))

@@ -52,7 +52,7 @@ class GritKFAC(RankSpaceOptimizer):
         rank_threshold: τ in (0, 1]: keep the fewest directions with a share τ of the energy; None keeps all.
         min_rank: never fewer directions than this; at most the rank of every pair.
         adapter: only this adapter's pairs; None for all.
-        backend: ``"auto"`` (Triton for CUDA tensors), ``"torch"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``; see `curvopt.ops`.
         require_pairs: raise when no pair is found; otherwise everything gets AdamW.
         maximize: ascend.
         capturable: keep all of a step on the device (it is anyway; kept for torch's signature).

@@ -27,12 +27,14 @@ class Side:
         name: ``"A"`` or ``"B"``.
         group: the param group that holds it.
         param: the parameter; refreshed by the owner when a framework replaced it.
+        grad: its gradient in this step, read once.
     """
 
     pair: LoraPair
     name: str
     group: dict[str, Any]
     param: Tensor
+    grad: Tensor | None = None
 
     @property
     def rank_dim(self) -> int:
@@ -68,7 +70,7 @@ class Stack:
     sides: list[Side]
     state: dict[str, Tensor] = field(default_factory=dict)
     grads: Tensor = field(default_factory=lambda: torch.empty(0))
-    _views: list[dict[str, Tensor]] = field(default_factory=list)
+    _views: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -98,7 +100,12 @@ class Stack:
     @property
     def matrices(self) -> list[Tensor]:
         """The parameters as 2-D views, for use under no_grad."""
-        return [s.matrix(s.param) for s in self.sides]
+        return [s.param if s.param.ndim == 2 else s.matrix(s.param) for s in self.sides]
+
+    @property
+    def live(self) -> bool:
+        """Whether the sides have gradients in this step: all do, or none."""
+        return self.sides[0].grad is not None
 
     def bind(self, states: dict[Tensor, dict[str, Any]], small: dict[str, Tensor]) -> None:
         """Stack the state of the sides, taking over what ``states`` has, and put views of it back there.
@@ -122,17 +129,21 @@ class Stack:
                 row = self.state[key][i]
                 state[key] = _like_param(row, s.param) if key.startswith("exp_avg") else row
             state.update(step=self.state["step"], skipped=self.state["skipped"])
-        self._views = [dict(states[s.param]) for s in self.sides]
+        self._views = [(states[s.param], states[s.param]["exp_avg"]) for s in self.sides]
 
     def bound(self, states: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether ``states`` still holds this stack's own views."""
-        return all(
-            states[s.param].get("exp_avg") is view["exp_avg"] for s, view in zip(self.sides, self._views, strict=True)
+        """Whether ``states`` still holds this stack's own views.
+
+        Looks up the first side only: hashing every parameter would cost as much as a small step.
+        """
+        own = self._views[0][0]
+        return states.get(self.sides[0].param) is own and all(
+            state.get("exp_avg") is view for state, view in self._views
         )
 
     def load_grads(self, grad_scale: Tensor | None) -> None:
         """Stack this step's gradients in the compute dtype, divided by the loss scale if there is one."""
-        grads = [s.matrix(s.param.grad) for s in self.sides]
+        grads = [g if g.ndim == 2 else s.matrix(g) for s in self.sides if (g := s.grad) is not None]
         if grads[0].dtype == self.compute_dtype:
             self.grads = torch.stack(grads, out=self.grads) if self.grads.numel() else torch.stack(grads)
         else:
@@ -141,7 +152,9 @@ class Stack:
             self.grads.div_(grad_scale.to(self.device))
 
     def release_grads(self) -> None:
-        """Free the stacked gradients, except on the CPU: pages given back would have to be faulted in again."""
+        """Let go of gradients; on the CPU the stack stays, since pages given back would have to be faulted in again."""
+        for side in self.sides:
+            side.grad = None
         if self.device.type != "cpu":
             self.grads = torch.empty(0)
 
