@@ -70,13 +70,13 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with the union of their columns, in order of first appearance, each with the stamp."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     mark = stamp()
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in mark]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, [*columns, *mark])
         writer.writeheader()
-        writer.writerows({**row, **mark} for row in rows)
+        writer.writerows({**mark, **row} for row in rows)  # a row that was recorded earlier keeps its stamp
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

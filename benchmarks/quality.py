@@ -6,6 +6,7 @@ is measured. Writes results/quality.csv (every run) and results/quality.png.
 """
 
 import argparse
+import csv
 import functools
 import statistics
 import time
@@ -91,6 +92,21 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.4f} ± {sd:.4f}"
 
 
+def earlier(args: argparse.Namespace, grid: list[tuple[str, float, int]]) -> list[dict[str, Any]]:
+    """Return the recorded runs of the same setting that ``grid`` does not repeat."""
+    with (RESULTS / "quality.csv").open(encoding="utf-8") as f:
+        rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(f)]
+    same = [row for row in rows if (row["rank"], row["steps"]) == (args.rank, args.steps)]
+    return [row for row in same if (row["optimizer"], row["lr"], row["seed"]) not in grid]
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text) if set(text) & set(".e") else int(text)
+    except ValueError:
+        return text
+
+
 def plot(rows: list[dict[str, Any]]) -> None:
     """Draw loss against learning rate, one line per optimizer, the band from best to worst seed."""
     import matplotlib
@@ -116,7 +132,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the grid, print the summary, write the CSV and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2, 2e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
@@ -124,11 +140,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tau", type=float, default=0.99)
     parser.add_argument("--every", type=int, default=50, help="steps between looks at the ranks")
+    parser.add_argument("--append", action="store_true", help="keep the runs of results/quality.csv not in this grid")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     args = parser.parse_args()
     load_task()  # pre-trains if need be, before the workers start
     grid = [(name, lr, seed) for seed in range(args.seeds) for lr in args.lrs for name in contestants(0.99, 1)]
-    rows: list[dict[str, Any]] = []
+    rows = earlier(args, grid) if args.append else []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for row in pool.map(run, *zip(*grid, strict=True), [args] * len(grid)):
             rows.append(row)
