@@ -24,6 +24,11 @@ from curvopt.demo import task as demo_task
 
 Factory = Callable[[nn.Module, float], torch.optim.Optimizer]
 MEASURES = ("fine_tuning", "held_out", "retention")
+TITLES = {
+    "fine_tuning": "text it was fine-tuned on",
+    "held_out": "held-out documents",
+    "retention": "text it was pre-trained for",
+}
 
 
 def contestants(tau: float, every: int) -> dict[str, Factory]:
@@ -122,7 +127,10 @@ def plot(rows: list[dict[str, Any]]) -> None:
             values = [[row[key] for row in own if row["lr"] == lr] for lr in lrs]
             axis.plot(lrs, [statistics.fmean(v) for v in values], marker="o", label=name)
             axis.fill_between(lrs, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
-        axis.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per byte", title=key.replace("_", "-"))
+        ticks = sorted({row["lr"] for row in rows})
+        axis.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per byte", title=TITLES[key])
+        axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(f"Rank {rows[0]['rank']}, {rows[0]['steps']} steps: mean and range over seeds")
@@ -140,9 +148,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tau", type=float, default=0.99)
     parser.add_argument("--every", type=int, default=50, help="steps between looks at the ranks")
+    parser.add_argument("--replot", action="store_true", help="only the table and the plot of results/quality.csv")
     parser.add_argument("--append", action="store_true", help="keep the runs of results/quality.csv not in this grid")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     args = parser.parse_args()
+    if args.replot:
+        plot(rows := earlier(args, []))
+        print(table(lines := summarise(rows), list(lines[0])))
+        return
     load_task()  # pre-trains if need be, before the workers start
     grid = [(name, lr, seed) for seed in range(args.seeds) for lr in args.lrs for name in contestants(0.99, 1)]
     rows = earlier(args, grid) if args.append else []
