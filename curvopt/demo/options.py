@@ -11,7 +11,7 @@ import torch
 
 from curvopt.demo.task import default_cache
 
-FULL = {"rank": 16, "steps": 300, "batch": 8, "length": 128, "seeds": 2}
+FULL = {"rank": 16, "steps": 250, "batch": 8, "length": 128, "seeds": 2}
 QUICK = FULL | {"steps": 30, "length": 64}
 
 

@@ -40,7 +40,8 @@ class GritKFAC(RankSpaceOptimizer):
             or ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347).
         sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
-        update: ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
+        update: ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`. The moments
+            live in the rule's coordinates, so it stays what it was at the first step.
         damping: λ > 0, relative to the mean eigenvalue. Unused by ``"eigen"``, whose basis it would not change.
         factor_decay: EMA decay β in [0, 1], bias-corrected; 1 is GRIT's running mean that never forgets.
         factor_every: steps between observations; the hooks are idle in between.
