@@ -10,19 +10,16 @@ import csv
 import functools
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 from harness import RESULTS, table, write_csv
-from torch import nn
 
-from curvopt import GritKFAC
 from curvopt.demo import task as demo_task
+from curvopt.demo.run import Factory, optimizers
 
-Factory = Callable[[nn.Module, float], torch.optim.Optimizer]
 MEASURES = ("fine_tuning", "held_out", "retention")
 TITLES = {
     "fine_tuning": "text it was fine-tuned on",
@@ -33,11 +30,8 @@ TITLES = {
 
 def contestants(tau: float, every: int) -> dict[str, Factory]:
     """Return the optimizers by name."""
-    return {
-        "AdamW": lambda m, lr: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=0),
-        "GritKFAC": lambda m, lr: GritKFAC(m, lr),
-        "GritKFAC, ranks adapted": lambda m, lr: GritKFAC(m, lr, rank_threshold=tau, reproject_every=every, min_rank=1),
-    }
+    made = optimizers(tau, every)
+    return {"AdamW": made["adamw"], "GritKFAC": made["grit"], "GritKFAC, ranks adapted": made["grit-ranks"]}
 
 
 def run(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Stack:
     @property
     def matrices(self) -> list[Tensor]:
         """The parameters as 2-D views, for use under no_grad."""
-        return [s.param if s.param.ndim == 2 else s.matrix(s.param) for s in self.sides]
+        return [s.matrix(s.param) for s in self.sides]
 
     @property
     def live(self) -> bool:
@@ -143,7 +143,7 @@ class Stack:
 
     def load_grads(self, grad_scale: Tensor | None) -> None:
         """Stack this step's gradients in the compute dtype, divided by the loss scale if there is one."""
-        grads = [g if g.ndim == 2 else s.matrix(g) for s in self.sides if (g := s.grad) is not None]
+        grads = [s.matrix(s.grad) for s in self.sides if s.grad is not None]
         if grads[0].dtype == self.compute_dtype:
             self.grads = torch.stack(grads, out=self.grads) if self.grads.numel() else torch.stack(grads)
         else:
