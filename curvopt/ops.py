@@ -2,7 +2,8 @@
 
 ``"torch"`` is always the reference. ``"triton"`` insists that kernels exist and takes them for CUDA tensors; what a
 kernel does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) the reference does.
-``"auto"`` is to choose the kernels on CUDA; until they have been verified on a device it is the reference everywhere.
+``"auto"`` takes them too, but only those that show on this device that they agree with the reference: each op, rank
+and dtype is tried once per process on a small problem. What fails is logged, named in ``fallbacks``, and done without.
 """
 
 import importlib
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.functional import inverse, moments, truncate, update
+from curvopt.functional import inverse, moments, nested, truncate, update
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "gram": moments.gram,
+    "gram_many": moments.gram_many,
     "ema_": moments.ema_,
     "damped_inverse": inverse.damped_inverse,
     "damped_inverse_root": inverse.damped_inverse_root,
@@ -26,6 +28,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "momentum_update": update.momentum_update,
     "truncate_": truncate.truncate_,
     "scale_rows_": truncate.scale_rows_,
+    "row_update": nested.row_update,
 }
 
 BACKENDS = ("auto", "torch", "triton")
@@ -50,10 +53,14 @@ class Ops:
         self.backend = backend
         self.fallbacks: set[str] = set()
 
+    def on_kernels(self, device: torch.device) -> bool:
+        """Return whether ops on this device are kernels, as far as these take what they are given."""
+        return self.backend != "torch" and device.type == "cuda" and bool(_kernels().OPS)
+
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Run op ``name``. Its first argument is a tensor or a sequence of slabs."""
-        sample = args[0] if isinstance(args[0], Tensor) else args[0][0].grads
-        if self.backend != "triton" or not sample.is_cuda:
+        """Run op ``name``. Its first argument is a tensor, or a sequence of tensors or slabs."""
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if self.backend == "torch" or not _sample(first).is_cuda:
             return REFERENCE[name](*args, **kwargs)
         if name.endswith("_update"):
             return self._update(name, *args)
@@ -69,11 +76,29 @@ class Ops:
 
     def _choose(self, name: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         kernels = _kernels()
-        if kernels.supports(name, *args, **kwargs):
+        if kernels.supports(name, *args, **kwargs) and (self.backend == "triton" or _agrees(name, args)):
             kernel: Callable[..., Any] = kernels.OPS[name]
             return kernel
         self.fallbacks.add(name)
         return REFERENCE[name]
+
+
+def _sample(first: Any) -> Tensor:
+    """Return the tensor that stands for an op's first argument, or for the first of a sequence."""
+    sample: Tensor = first if isinstance(first, Tensor) else first.exp_avg
+    return sample
+
+
+def _agrees(name: str, args: Sequence[Any]) -> bool:
+    """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does."""
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    sample = _sample(first)
+    if name in ("truncate_", "scale_rows_"):
+        r = sample.shape[args[2]]
+    else:
+        r = sample.shape[-1 if isinstance(first, Tensor) else first.rank_dim]
+    selfcheck = importlib.import_module("curvopt.kernels.selfcheck")
+    return bool(selfcheck.agrees(name, REFERENCE[name], r, sample.dtype, sample.device))
 
 
 def _kernels() -> Any:

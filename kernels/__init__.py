@@ -22,6 +22,7 @@ def _loaded() -> dict[str, tuple[Callable[..., Any], Callable[..., bool]]]:
 
     return {
         "gram": (moments.gram, moments.supports_gram),
+        "gram_many": (moments.gram_many, moments.supports_gram_many),
         "ema_": (moments.ema_, moments.supports_ema),
         "damped_inverse": (inverse.damped_inverse, inverse.supports),
         "damped_inverse_root": (inverse.damped_inverse_root, inverse.supports),
@@ -30,6 +31,7 @@ def _loaded() -> dict[str, tuple[Callable[..., Any], Callable[..., bool]]]:
         "adam_update": (update.adam_update, update.supports),
         "whiten_update": (update.whiten_update, update.supports),
         "momentum_update": (update.momentum_update, update.supports),
+        "row_update": (update.row_update, update.supports),
         "truncate_": (truncate.truncate_, truncate.supports_truncate),
         "scale_rows_": (truncate.scale_rows_, truncate.supports_scale),
     }

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from . import eigen, inverse, launch, moments, truncate, update_tiles
 
 F32, I32, I64 = "*fp32", "*i32", "*i64"
-MODES = {"adam": 0, "eigen": 1, "whiten": 2, "momentum": 3, "graft": 4}
+MODES = {"adam": 0, "eigen": 1, "whiten": 2, "momentum": 3, "graft": 4, "rows": 5}
 TYPE_NAMES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
 

@@ -26,6 +26,7 @@ from . import launch, tables
 
 INTEGERS = (torch.int64, torch.int32)
 LEAST_DAMPING = 1e-6  # below it a float32 elimination may break down where the float64 reference does not
+LEAST_ON_DEVICE = 1e-4  # of a damping that is a tensor
 REGISTER_RANK = 64  # above it, sums and rotations are kept in memory for want of registers
 
 
@@ -56,11 +57,11 @@ def _normalise(S, at, inside, l, L, k, HAS_K: tl.constexpr, R: tl.constexpr, RP:
     X = 0.5 * tl.load(S + at, mask=inside, other=0.0)
     X = X + tl.permute(X, (0, 2, 1))
     eye = (i[:, None] == i[None, :])[None, :, :]
-    empty = tl.sum(tl.sum(tl.where(eye, X, 0.0), 2), 1) == 0
     alive = _alive(k, l, L, HAS_K, R, RP)
     rank = tl.sum(alive.to(tl.int32), 1)
     live = alive[:, :, None] & alive[:, None, :]
     X = tl.where(live, X, 0.0)
+    empty = tl.sum(tl.sum(tl.where(eye, X, 0.0), 2), 1) == 0
     bad = tl.sum(tl.sum(tl.where(tl.abs(X) < float("inf"), 0, 1), 2), 1)
     # by the largest diagonal entry first: the sum of a trace must not overflow, nor its reciprocal
     top = tl.max(tl.max(tl.where(eye, tl.abs(X), 0.0), 2), 1)
@@ -133,35 +134,56 @@ def _rational(
     tl.store(out + at, tl.where(keep, total, unit), mask=inside)
 
 
-def damped_inverse(S: Tensor, damping: float, k: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+def damped_inverse(
+    S: Tensor, damping: float | Tensor, k: Tensor | None = None, previous: Tensor | None = None
+) -> Tensor:
     """Return (Ŝ + λI)⁻¹ ``[L, r, r]``; arguments and failures as the reference."""
-    return _launch(S, ((damping, 1.0),), k, previous)
+    return _launch(S, damping, ((0.0, 1.0),), k, previous)
 
 
-def damped_inverse_root(S: Tensor, damping: float, k: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
-    """Return (Ŝ + λI)^(-1/2) ``[L, r, r]``; arguments and failures as the reference."""
-    nodes = quadrature(damping, S.shape[-1] + damping)
-    return _launch(S, ((damping, 0.0), *((damping + s, w) for s, w in nodes)), k, previous)
+def damped_inverse_root(
+    S: Tensor, damping: float | Tensor, k: Tensor | None = None, previous: Tensor | None = None
+) -> Tensor:
+    """Return (Ŝ + λI)^(-1/2) ``[L, r, r]``; arguments and failures as the reference.
+
+    A tensor λ is not read on the host: the nodes are then those of all of [`LEAST_ON_DEVICE`, 1], about twice as many.
+    """
+    least, largest = (LEAST_ON_DEVICE, 1.0) if isinstance(damping, Tensor) else (damping, damping)
+    return _launch(S, damping, ((0.0, 0.0), *quadrature(least, S.shape[-1] + largest)), k, previous)
 
 
-def supports(S: Tensor, damping: float = 1.0, k: Tensor | None = None, previous: Tensor | None = None) -> bool:
+def supports(S: Tensor, damping: float | Tensor = 1.0, k: Tensor | None = None, previous: Tensor | None = None) -> bool:
     """Return whether the kernels here take these arguments."""
     matrices = [S] if previous is None else [S, previous]
     fits = S.dim() == 3 and 1 <= S.shape[-1] <= launch.MAX_RANK and S.numel() > 0
-    fits = fits and damping >= LEAST_DAMPING and launch.plain(matrices, (torch.float32,))
-    return fits and (k is None or _counts(k, S))
+    if isinstance(damping, Tensor):
+        fits = fits and damping.device == S.device and damping.numel() == 1
+    else:
+        fits = fits and damping >= LEAST_DAMPING
+    return fits and launch.plain(matrices, (torch.float32,)) and (k is None or _counts(k, S))
 
 
 def _counts(k: Tensor, S: Tensor) -> bool:
     return launch.plain([k], INTEGERS) and k.device == S.device
 
 
-def _launch(S: Tensor, poles: tuple[tuple[float, float], ...], k: Tensor | None, previous: Tensor | None) -> Tensor:
+def _launch(
+    S: Tensor,
+    damping: float | Tensor,
+    poles: tuple[tuple[float, float], ...],
+    k: Tensor | None,
+    previous: Tensor | None,
+) -> Tensor:
+    """Launch with poles (s, w) of Ŝ + λI."""
     L, r = S.shape[0], S.shape[-1]
     rp = launch.padded(r, 4)
     c = launch.config("rational", rp)
     out = torch.empty_like(S)
-    table = tables.on_device([x for pole in poles for x in pole], torch.float32, S.device)
+    shift = 0.0 if isinstance(damping, Tensor) else damping
+    table = tables.on_device([x for s, w in poles for x in (shift + s, w)], torch.float32, S.device)
+    if isinstance(damping, Tensor):
+        table = table.clone()
+        table[::2] += damping.to(torch.float32)
     _rational[(triton.cdiv(L, c.group),)](
         S, S if k is None else k, S if previous is None else previous, table, out, L,
         HAS_K=k is not None, HAS_PREVIOUS=previous is not None, R=r, RP=rp, G=c.group, Q=len(poles),

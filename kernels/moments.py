@@ -184,9 +184,27 @@ def ema_(S: Tensor, S_new: Tensor, t: Tensor, decay: float, found_inf: Tensor | 
 
 
 def supports_gram(z: Tensor) -> bool:
-    """Return whether `gram`, `gram_many` and `gram_ema_` take this matrix."""
-    fits = z.dim() == 2 and 0 < z.shape[1] <= launch.MAX_RANK and z.numel() < 2**31
-    return fits and launch.plain([z]) and _config(z) is not None
+    """Return whether `gram` takes this matrix."""
+    return supports_gram_many([z])
+
+
+def supports_gram_many(
+    zs: Sequence[Tensor],
+    counts: Tensor | None = None,
+    weights: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+) -> bool:
+    """Return whether `gram_many` takes these arguments; `gram_ema_` takes the same."""
+    fits = all(z.dim() == 2 and 0 < z.shape[1] <= launch.MAX_RANK and 0 < z.numel() < 2**31 for z in zs)
+    alike = len({(z.shape[1], z.dtype) for z in zs}) == 1 if fits else False
+    others = [*(weights or ()), *([] if scale is None else [scale])]
+    return (
+        alike
+        and launch.plain(zs)
+        and _config(zs[0]) is not None
+        and (not others or (launch.plain(others, (torch.float32,)) and others[0].device == zs[0].device))
+        and (counts is None or (launch.plain([counts], (torch.int64,)) and counts.device == zs[0].device))
+    )
 
 
 def supports_ema(

@@ -2,7 +2,8 @@
 
 In front runs one program that advances the steps and computes learning rates and bias corrections on the device. The
 formulas and hazards are in `update_tiles`. Beyond the reference's arguments a slab may have ``k``, ``[L]`` int64 live
-ranks: dead directions of the parameter and both moments become exactly zero. ``rounding`` is a 0-d int64 seed on the
+ranks: dead directions of the parameter and both moments become exactly zero; ``row_update`` reads ``rates`` instead of
+``matrix``. Gradients may be a list of matrices: nothing has to be stacked. ``rounding`` is a 0-d int64 seed on the
 device for stochastic rounding of bfloat16 parameters; noise differs by seed, matrix, element and step.
 
 A learning rate that is a float is uploaded when it changes; under a CUDA graph it must be a tensor on the device. What
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tables
-from .update_tiles import ADAM, COLUMNS, EIGEN, GRAFT, MOMENTS, WHITEN, _prepare, _update
+from .update_tiles import ADAM, COLUMNS, EIGEN, GRAFT, MOMENTS, ROWS, WHITEN, _prepare, _update
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -43,6 +44,11 @@ def momentum_update(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | 
     _run(slabs, found_inf, (MOMENTS, GRAFT), rounding)
 
 
+def row_update(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = None) -> None:
+    """AdamW with learning rate p_i · lr and ε/p_i in direction i, p_i from ``slab.rates``; p_i = 0 is left alone."""
+    _run(slabs, found_inf, (ROWS,), rounding)
+
+
 def supports(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = None) -> bool:
     """Return whether the kernels here take these arguments; all slabs must be on the device of ``found_inf``."""
     return bool(slabs) and found_inf.dtype.is_floating_point and all(_fits(s, found_inf.device) for s in slabs)
@@ -51,9 +57,11 @@ def supports(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = 
 def _fits(s: Any, device: torch.device) -> bool:
     r, k = s.exp_avg.shape[s.rank_dim], _live(s)
     parts = [*s.params, *s.grads] if isinstance(s.grads, (list, tuple)) else [*s.params, s.grads]
-    small = [s.step] if s.matrix is None else [s.step, s.matrix]
+    matrix = _matrix(s)
+    small = [s.step] if matrix is None else [s.step, matrix]
     return (
         all(t.device == device for t in (s.exp_avg, *small))
+        and getattr(s, "reduce", None) is None  # pieces of matrices: their norms need the other processes
         and r <= launch.MAX_RANK
         and launch.config("update", launch.padded(r, 16)) is not None
         and 0 < s.exp_avg[0].numel() < 2**31
@@ -61,6 +69,7 @@ def _fits(s: Any, device: torch.device) -> bool:
         and len({p.dtype for p in s.params}) == 1
         and launch.plain([s.exp_avg, s.exp_avg_sq, *parts])
         and launch.plain(small, (torch.float32,))
+        and getattr(s, "reduce", None) is None  # pieces of matrices: their norms are known to nobody
         and (k is None or (k.device == device and launch.plain([k], (torch.int64,))))
         and (not _on_device(s.hyper.lr) or _scalar(s.hyper.lr, device))
     )  # fmt: skip
@@ -72,6 +81,14 @@ def _scalar(lr: Any, device: torch.device) -> bool:
 
 def _live(s: Any) -> Tensor | None:
     return getattr(s, "k", None)
+
+
+def _matrix(s: Any) -> Tensor | None:
+    return getattr(s, "matrix", None)
+
+
+def _rates(s: Any) -> Sequence[float] | None:
+    return getattr(s, "rates", None)
 
 
 def _run(slabs: Sequence[Any], found_inf: Tensor, modes: tuple[int, ...], rounding: Tensor | None) -> None:
@@ -126,7 +143,9 @@ def _launch(
     meta: list[int] = []
     for t, (n, s) in enumerate(owners):
         meta += (lengths[t], s.rank_dim, n, first[t], counts[t])
-    pointers = [a for _, s in slabs for row in _pointers(s) for a in row]
+    of_rows = ROWS in modes
+    pointers = [a for _, s in slabs for row in _pointers(s, of_rows) for a in row]
+    operand = _rates if of_rows else _matrix
     aligned = all(n % 16 == 0 for n in lengths) and all(a % 16 == 0 for t in range(4) for a in pointers[t::6])
     partials = scalars
     if MOMENTS in modes:
@@ -140,7 +159,7 @@ def _launch(
             scalars, partials, rounding if stochastic else scalars,
             MODE=mode, R=r, RP=rp, BD=c.block, NP=launch.padded(max(counts), 1),
             PT=TYPES[dtypes[0]], GT=TYPES[dtypes[1]], ST=TYPES[dtypes[2]], PREC=c.precision,
-            HAS_M=any(s.matrix is not None for _, s in slabs), HAS_K=any(_live(s) is not None for _, s in slabs),
+            HAS_M=any(operand(s) is not None for _, s in slabs), HAS_K=any(_live(s) is not None for _, s in slabs),
             STOCHASTIC=stochastic, ALIGN=aligned, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
 
@@ -149,12 +168,16 @@ def _length(s: Any) -> int:
     return int(s.exp_avg.shape[3 - s.rank_dim])
 
 
-def _pointers(s: Any) -> list[tuple[int, ...]]:
-    """Return (p, g, m, v, M, k) of every matrix of a slab; 0 for no M or k."""
+def _pointers(s: Any, of_rows: bool) -> list[tuple[int, ...]]:
+    """Return (p, g, m, v, M, k) of every matrix of a slab, M being the rates ``of_rows``; 0 for no M or k."""
     L, k = len(s.params), _live(s)
     p = [t.data_ptr() for t in s.params]
     g = [t.data_ptr() for t in s.grads] if isinstance(s.grads, (list, tuple)) else tables.addresses(s.grads)
     m, v = tables.addresses(s.exp_avg), tables.addresses(s.exp_avg_sq)
-    M = [0] * L if s.matrix is None else tables.addresses(s.matrix)
+    matrix, rates = _matrix(s), _rates(s)
+    if of_rows:
+        M = [0 if rates is None else tables.on_device(rates, torch.float32, s.exp_avg.device).data_ptr()] * L
+    else:
+        M = [0] * L if matrix is None else tables.addresses(matrix)
     live = [0] * L if k is None else tables.addresses(k)
     return list(zip(p, g, m, v, M, live, strict=True))

@@ -6,7 +6,8 @@ With M the rule's matrix, everything rank first, and γ = maximize ? −∇ : �
 
 with M₁, M₂ = P, I (adam); Qᵀ, Q (eigen); R, R (whiten). momentum takes z = γ and −P m ‖δ‖/‖P m‖ for the step: a first
 launch writes moments and partial norms, a second one, in which every tile adds its matrix' partials up in the same
-order, the parameters. In front runs one program that advances the steps and turns ``hyper`` into ``scalars``.
+order, the parameters. rows is Adam with δ_i = −p_i (lr/c₁) m / (√v/√c₂ + ε/p_i) in direction i, p_i being
+MatryoshkaLoRA's diagonal. In front runs one program that advances the steps and turns ``hyper`` into ``scalars``.
 
 Hazards. Never autotune: the kernels work in place and a tuner replays them. Learning rates, steps and found_inf are
 read on the device. Matrices are addressed by int64 pointers, inside a matrix by int32. Pointers lose alignment, and
@@ -17,7 +18,7 @@ are selected away, not multiplied: 0 · NaN is NaN.
 import triton
 import triton.language as tl
 
-ADAM, EIGEN, WHITEN, MOMENTS, GRAFT = range(5)  # values of MODE
+ADAM, EIGEN, WHITEN, MOMENTS, GRAFT, ROWS = range(6)  # values of MODE
 COLUMNS = 9  # of ``scalars``
 
 
@@ -132,6 +133,12 @@ def _tile(
         if k_ptr.to(tl.int64) != 0:
             k = tl.load(k_ptr).to(tl.int32)
         alive = inside & (i < k)
+    share = 1.0
+    if MODE == 5 and HAS_M:
+        # a null pointer is a rate of one; where the rate is zero nothing lives
+        share = tl.load(M + i, mask=(i < R) & (M.to(tl.int64) != 0), other=1.0)
+        alive = alive & (share > 0)
+        share = tl.where(share > 0, share, 1.0)
     rate, root, keep = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3)
     eps, b1, b2 = tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6)
     pid = tl.program_id(0)
@@ -147,10 +154,10 @@ def _tile(
     else:
         z = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars + 7)
         z = tl.where(alive, z, 0.0)
-        if HAS_M and MODE != 3:
+        if HAS_M and MODE < 3:
             z = _apply(M, z, MODE == 1, SIDE, R, RP, BD, PREC)
         m, v = _moments(m_ptr, v_ptr, at, inside, alive, z, b1, b2, ST)
-        step = -rate * m / (tl.sqrt(v) * root + eps)
+        step = -rate * share * m / (tl.sqrt(v) * root + eps / share)
         step = tl.where(alive, step, 0.0)
         if HAS_M and (MODE == 1 or MODE == 2):
             step = _apply(M, step, False, SIDE, R, RP, BD, PREC)

@@ -117,6 +117,15 @@ def test_second_run_uses_the_cache_and_adapts_ranks(finished, cache, tmp_path):
     assert int(row["disk_bytes"]) < int(before["disk_bytes"])
 
 
+def test_nested_ranks_train_and_reload(finished, cache, tmp_path):
+    result = run("--quick", "--cache", cache, "--out", tmp_path, "--optimizer", "matryoshka", "--seeds", 1)
+    assert result.returncode == 0, result.stderr
+    assert "the same held-out loss" in result.stdout
+    before = json.loads((finished[1] / "results.json").read_text())["before"]
+    (row,) = read_rows(tmp_path)
+    assert float(row["train_loss"]) < before["train"] and float(row["rank"]) == demo_options.QUICK["rank"]
+
+
 # name: (options, a word the complaint must contain); {tmp} is a folder with an unusable model in it
 WRONG = {
     "no model": ("--model {tmp}/none", "none"),

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "": {"optim", "lora"},  # curvopt/__init__.py: the public names
     "analysis": {"functional", "ops", "distributed", "lora", "optim", ""},
     "integrations": {"functional", "ops", "distributed", "lora", "optim", "analysis", ""},
+    "doctor": {"analysis"},
     "demo": {"functional", "ops", "distributed", "lora", "optim", "analysis", "integrations", ""},
 }
 MAY_PRINT = {"run.py", "doctor.py", "__main__.py"}  # what is run from the command line

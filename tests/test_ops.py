@@ -1,5 +1,6 @@
 """The switch: which implementation a call gets, with a stand-in for the kernels where there is no CUDA device."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -60,16 +61,55 @@ def test_what_a_kernel_refuses_falls_back_and_is_named(calls):
     assert calls == [] and triton.fallbacks == {"gram", "damped_inverse"}
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_the_reference_on_every_device(calls, backend):
-    Ops(backend)("gram", on_device(9, 4))
+def test_the_reference_on_every_device(calls):
+    Ops("torch")("gram", on_device(9, 4))
     assert calls == []
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the self-check is asked for, and a set of ops that it finds wrong."""
+    asked, wrong = [], set()
+
+    def agrees(name, reference, r, dtype, device):
+        assert reference is REFERENCE[name]
+        asked.append((name, r, dtype))
+        return name not in wrong
+
+    monkeypatch.setattr(importlib.import_module("curvopt.kernels.selfcheck"), "agrees", agrees)
+    return asked, wrong
+
+
+def test_auto_takes_a_kernel_that_agrees_with_the_reference(calls, shown):
+    auto = Ops("auto")
+    auto("gram", on_device(9, 4))
+    auto(
+        "eigen_update", [SimpleNamespace(name="a", fits=True, exp_avg=on_device(2, 7, 4), rank_dim=2)], torch.zeros(())
+    )
+    assert calls == [("gram", (9, 4)), ("eigen_update", ["a"])] and auto.fallbacks == set()
+    assert shown[0] == [("gram", 4, torch.float32), ("eigen_update", 4, torch.float32)]
+
+
+def test_auto_does_without_a_kernel_that_disagrees(calls, shown):
+    shown[1].add("gram")
+    auto, z = Ops("auto"), on_device(9, 4)
+    torch.testing.assert_close(auto("gram", z).as_subclass(torch.Tensor), moments.gram(z.as_subclass(torch.Tensor)))
+    assert calls == [] and auto.fallbacks == {"gram"}
+    Ops("triton")("gram", z)
+    assert calls == [("gram", (9, 4))]  # who insists is not second-guessed
+
+
+def test_a_sequence_of_tensors_is_one_op(calls):
+    zs = [on_device(5, 4), on_device(3, 4)]
+    got = Ops("triton")("gram_many", zs)  # the stand-in has no such kernel
+    want = [moments.gram(z.as_subclass(torch.Tensor)) for z in zs]
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), torch.stack(want))
 
 
 def test_an_update_is_split_between_kernel_and_reference(calls, monkeypatch):
     reference = []
     monkeypatch.setitem(REFERENCE, "eigen_update", lambda slabs, found_inf: reference.extend(s.name for s in slabs))
-    slabs = [SimpleNamespace(name=n, fits=n in "ac", grads=SimpleNamespace(is_cuda=True)) for n in "abc"]
+    slabs = [SimpleNamespace(name=n, fits=n in "ac", exp_avg=on_device(1, 2, 2)) for n in "abc"]
     triton = Ops("triton")
     triton("eigen_update", slabs, torch.zeros(()))
     assert calls == [("eigen_update", ["a", "c"])] and reference == ["b"] and triton.fallbacks == {"eigen_update"}

@@ -1,32 +1,46 @@
-"""Every Python example of README.md runs, in order, on a tiny PEFT model; every benchmark file it names exists."""
+"""Every Python example of README.md and docs/ runs on a tiny PEFT model; every file of ours they name exists."""
 
+import copy
 import re
 from pathlib import Path
 
 import models
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+         for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}  # fmt: skip
+EXAMPLES = [
+    pytest.param(source, id=f"{name}:{text[: found.start()].count(chr(10)) + 2}")
+    for name, text in TEXTS.items()
+    for found in re.finditer(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for source in [found[1]]
+]
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 2
+    for name in ("README.md", "docs/loops.md"):
+        assert sum(example.id.startswith(name) for example in EXAMPLES) >= 2
 
 
-@pytest.mark.parametrize("source", EXAMPLES, ids=lambda source: source.strip().splitlines()[0][:40])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.optim.lr_scheduler")
+@pytest.mark.parametrize("source", EXAMPLES)
 def test_example_runs(source, tmp_path, monkeypatch):
-    import torch
-
     monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
     model = models.llama(torch.float32)
     x = torch.randint(0, 64, (2, 8))
-    namespace = {"model": model, "batches": [{"input_ids": x, "labels": x}] * 3, "torch": torch}
+    namespace = {
+        "model": model, "fresh_model": copy.deepcopy(model), "torch": torch,
+        "batches": [{"input_ids": x, "labels": x}] * 3, "dataset": [{"input_ids": row, "labels": row} for row in x],
+    }  # fmt: skip
+    before = models.snapshot(model)
     exec("from curvopt import GritKFAC\n" + source, namespace)  # a later example builds on the first one's import
     assert namespace["optimizer"].pairs
+    assert "step()" not in source or models.differences(before, models.snapshot(namespace["model"])) != []
 
 
 def test_paths_named_in_the_text_exist():
-    named = set(re.findall(r"(?:benchmarks|curvopt|kernels|docs)/[\w./-]+\.(?:py|csv|png|md)", README))
+    named = re.findall(r"(?:benchmarks|curvopt|kernels|docs)/[\w./-]+\.(?:py|csv|png|md)", " ".join(TEXTS.values()))
     assert {path for path in named if not (ROOT / path).exists()} == set()

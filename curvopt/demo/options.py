@@ -58,6 +58,7 @@ def parse(argv: list[str] | None, description: str, rates: dict[str, float]) -> 
     add("--lr", default="", metavar="LR", help="one number, or one per optimizer: adamw=5e-3,grit=1e-2")
     for name, default in FULL.items():
         add(f"--{name}", type=whole, metavar="N", help=f"default {default}")
+    add("--init", choices=("lora", "gora"), default="lora", help="gora: gradients decide ranks and start; default lora")
     add("--threshold", type=positive(float), default=0.99, metavar="τ", help="grit-ranks: energy to keep, 0 < τ <= 1")
     add("--device", default="cpu", help="default cpu")
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")

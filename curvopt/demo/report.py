@@ -42,6 +42,7 @@ class Run:
     parameters: int
     curve: list[float] = field(repr=False)
     disk_bytes: int | None = None
+    start_loss: float | None = None  # on the fine-tuning text, where GoRA chose the start
 
     def row(self) -> dict[str, Any]:
         """The numbers of this run, flat and without the curve."""

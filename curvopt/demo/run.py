@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import logging
 import sys
 import time
 import warnings
@@ -26,10 +27,12 @@ from curvopt.demo import report
 from curvopt.demo import task as work
 from curvopt.demo.options import UsageError, parse, read_text
 from curvopt.demo.report import Losses, Run
+from curvopt.lora import find_lora_pairs
 
 Factory = Callable[[nn.Module, float], torch.optim.Optimizer]
 # the best of benchmarks/quality.py's grid
-LEARNING_RATES = {"adamw": 1e-2, "grit": 1e-2, "grit-ranks": 1e-2}
+LEARNING_RATES = {"adamw": 1e-2, "grit": 1e-2, "grit-ranks": 1e-2, "matryoshka": 1e-2}
+CALIBRATION = 16  # batches that GoRA sees before the first step
 
 
 @dataclass
@@ -65,7 +68,12 @@ def optimizers(threshold: float = 0.99, every: int = 50) -> dict[str, Factory]:
 
         return GritKFAC(model, lr=lr, reproject_every=every, rank_threshold=threshold, min_rank=1)
 
-    return {"adamw": adamw, "grit": grit, "grit-ranks": grit_ranks}
+    def matryoshka(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        from curvopt import MatryoshkaScaledAdam
+
+        return MatryoshkaScaledAdam(model, lr=lr)
+
+    return {"adamw": adamw, "grit": grit, "grit-ranks": grit_ranks, "matryoshka": matryoshka}
 
 
 def build_task(args: argparse.Namespace, progress: work.Progress) -> Task:
@@ -129,19 +137,51 @@ def run_one(
     """Fine-tune a fresh adapter; the seed gives every optimizer the same start and the same batches."""
     model = work.lora_model(task.base, args.rank, seed)
     make = optimizers(args.threshold, every=max(1, args.steps // 6))[name]
-    optimizer: Any = make(model, args.lr[name])
+    started = None
+    if args.init == "gora":
+        optimizer: Any = start_by_gradients(model, lambda m: make(m, args.lr[name]), task, seed, args)
+        started = work.evaluate(model, task.train, args.length)
+    else:
+        optimizer = make(model, args.lr[name])
     data = work.batches(task.train, args.batch, args.length, args.steps, seed)
     start = time.perf_counter()
     curve = work.fine_tune(model, optimizer, data, args.steps, progress)
     seconds = time.perf_counter() - start
-    rank = mean(optimizer.ranks().values()) if hasattr(optimizer, "ranks") else args.rank
+    ranks = optimizer.ranks() if hasattr(optimizer, "ranks") else {p.name: p.rank for p in find_lora_pairs(model)}
+    rank = mean(ranks.values())
     if hasattr(optimizer, "compact"):
         optimizer.compact()
     if hasattr(optimizer, "remove_hooks"):
         optimizer.remove_hooks()
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     losses = measure(model, task, args.length)
-    return Run(name, args.lr[name], seed, losses, seconds, rank, size, curve), model
+    return Run(name, args.lr[name], seed, losses, seconds, rank, size, curve, start_loss=started), model
+
+
+def start_by_gradients(
+    model: nn.Module,
+    then: Callable[[nn.Module], torch.optim.Optimizer],
+    task: Task,
+    seed: int,
+    args: argparse.Namespace,
+) -> torch.optim.Optimizer | None:
+    """Calibrate on batches of their own; ranks between half and twice the uniform one, lr₀ by trial."""
+    from curvopt import GoRAInit
+
+    bounds = {"rank": args.rank, "min_rank": (args.rank + 1) // 2, "max_rank": 2 * args.rank}
+    init = GoRAInit(model, **bounds, calibration_steps=CALIBRATION, init_lr="auto", then=then)
+    model.train()
+    for x in work.batches(task.train, args.batch, args.length, CALIBRATION, seed + 1000):
+        x = x.to(args.device)
+
+        def closure(x: Tensor = x) -> Tensor:
+            init.zero_grad()
+            loss: Tensor = model(input_ids=x, labels=x).loss
+            loss.backward()
+            return loss
+
+        init.step(closure)
+    return init.delegate
 
 
 def save_and_reload(model: Any, run: Run, task: Task, args: argparse.Namespace) -> tuple[str, bool]:
@@ -175,6 +215,7 @@ def run_demo(args: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels concern nobody here
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -201,6 +242,10 @@ def run_demo(args: argparse.Namespace) -> int:
     console.print(report.table(runs, before, task.unit))
     for line, _ in reloaded:
         console.print(line)
+    for run in runs:
+        if run.start_loss is not None:
+            line = f"{before.train:.4f} to {run.start_loss:.4f} before the first step, after {CALIBRATION} batches"
+            console.print(f"{run.optimizer}, seed {run.seed + 1}: gradients took the loss from {line}")
     title = f"LoRA rank {args.rank}, {args.steps} steps of {args.batch} × {args.length} tokens"
     report.figure(runs, before, task.unit, f"{title}, {args.seeds} seed(s)", args.out / "curves.png")
     report.write_numbers(runs, before, {k: str(v) for k, v in vars(args).items()}, args.out)

@@ -22,9 +22,11 @@ from curvopt.functional.moments import trace
 SLACK = 1e-6
 
 
-def empty(S: Tensor) -> Tensor:
-    """Return ``[L]`` booleans: factors with nothing in them yet (trace exactly zero)."""
-    return trace(S) == 0
+def empty(S: Tensor, k: Tensor | None = None) -> Tensor:
+    """Return ``[L]`` booleans: factors with nothing in their live block yet (trace exactly zero)."""
+    if k is None:
+        return trace(S) == 0
+    return torch.where(live_rows(k, S.shape[-1]), S.diagonal(dim1=-2, dim2=-1), 0.0).sum(-1) == 0
 
 
 def broken(S: Tensor) -> Tensor:
@@ -57,12 +59,14 @@ def normalised(S: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return torch.where(usable[:, None, None], S_hat, torch.eye(r, dtype=S.dtype, device=S.device)), usable
 
 
-def damped_inverse(S: Tensor, damping: float, k: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+def damped_inverse(
+    S: Tensor, damping: float | Tensor, k: Tensor | None = None, previous: Tensor | None = None
+) -> Tensor:
     """Return (Ŝ + λI)⁻¹ by Cholesky.
 
     Args:
         S: ``[L, r, r]`` second moments.
-        damping: λ > 0, relative to the mean eigenvalue.
+        damping: λ > 0, relative to the mean eigenvalue; a 0-d tensor is not read on the host.
         k: ``[L]`` live ranks, or None; the inverse is the identity on dead directions.
         previous: ``[L, r, r]`` results to keep where a factor is broken, or None for the identity.
 
@@ -73,17 +77,19 @@ def damped_inverse(S: Tensor, damping: float, k: Tensor | None = None, previous:
     M = S_hat + torch.diag_embed(_shift(S_hat, damping, 1.0, k))
     L, info = torch.linalg.cholesky_ex(M)
     P = torch.cholesky_inverse(L)
-    return _settle(P, S, usable & (info == 0), previous)
+    return _settle(P, S, usable & (info == 0), k, previous)
 
 
-def damped_inverse_root(S: Tensor, damping: float, k: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
+def damped_inverse_root(
+    S: Tensor, damping: float | Tensor, k: Tensor | None = None, previous: Tensor | None = None
+) -> Tensor:
     """Return (Ŝ + λI)^(-1/2), symmetric; arguments and failures as `damped_inverse`."""
     S_hat, usable = normalised(S, k)
     M = S_hat + torch.diag_embed(_shift(S_hat, damping, 1.0, k))
     values, Q = torch.linalg.eigh(M)
     positive = values[:, 0] > 0
     R = (Q * values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt().unsqueeze(-2)) @ Q.mT
-    return _settle(R, S, usable & positive, previous)
+    return _settle(R, S, usable & positive, k, previous)
 
 
 def eigenbasis(S: Tensor, k: Tensor | None = None, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,20 +115,20 @@ def eigenbasis(S: Tensor, k: Tensor | None = None, previous: Tensor | None = Non
     if k is not None:
         eye = torch.eye(r, dtype=Q.dtype, device=Q.device)
         Q = torch.where(alive[:, :, None] & alive[:, None, :], Q, torch.where(alive[:, None, :], 0.0, eye))
-    return _settle(Q, S, usable, previous), torch.where(alive & usable[:, None], values, 0.0).clamp(min=0)
+    return _settle(Q, S, usable, k, previous), torch.where(alive & usable[:, None], values, 0.0).clamp(min=0)
 
 
-def _shift(S_hat: Tensor, live: float, dead: float | Tensor, k: Tensor | None) -> Tensor:
+def _shift(S_hat: Tensor, live: float | Tensor, dead: float | Tensor, k: Tensor | None) -> Tensor:
     """Return the diagonal ``[L, r]`` to add: ``live`` on live directions and ``dead`` on dead ones."""
-    r = S_hat.shape[-1]
+    like = {"dtype": S_hat.dtype, "device": S_hat.device}
+    alive = torch.as_tensor(live, **like)
     if k is None:
-        return torch.full(S_hat.shape[:-1], live, dtype=S_hat.dtype, device=S_hat.device)
-    dead_t = torch.as_tensor(dead, dtype=S_hat.dtype, device=S_hat.device)
-    return torch.where(live_rows(k, r), torch.as_tensor(live, dtype=S_hat.dtype, device=S_hat.device), dead_t)
+        return alive.expand(S_hat.shape[:-1])
+    return torch.where(live_rows(k, S_hat.shape[-1]), alive, torch.as_tensor(dead, **like))
 
 
-def _settle(M: Tensor, S: Tensor, good: Tensor, previous: Tensor | None) -> Tensor:
+def _settle(M: Tensor, S: Tensor, good: Tensor, k: Tensor | None, previous: Tensor | None) -> Tensor:
     """Return ``M`` where ``good``; elsewhere the identity if S is empty, else ``previous`` or the identity."""
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    fallback = eye if previous is None else torch.where(empty(S)[:, None, None], eye, previous.to(S.dtype))
+    fallback = eye if previous is None else torch.where(empty(S, k)[:, None, None], eye, previous.to(S.dtype))
     return torch.where(good[:, None, None] & M.isfinite(), M.to(S.dtype), fallback)

@@ -1,5 +1,7 @@
 """Second moments in rank space: S ← S + w (zᵀz/N − S), with w so that S is always the bias-corrected average."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,31 @@ def gram(z: Tensor) -> Tensor:
     """Return zᵀz of the rows of ``z`` ``(N, r)`` as ``(r, r)``, summed in float32 (float64 for float64 input)."""
     z = z.to(compute_dtype(z.dtype))
     return z.mT @ z
+
+
+def gram_many(
+    zs: Sequence[Tensor],
+    counts: Tensor | None = None,
+    weights: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Return scale_m Σ_n w_n z_n z_nᵀ over the leading rows of each of M matrices, ``[M, r, r]``.
+
+    Args:
+        zs: M matrices ``(N_m, r)`` of one dtype, summed in float32 (float64 for float64).
+        counts: ``[M]`` int64, how many leading rows of each count, or None for all; what the others hold is ignored.
+        weights: M vectors ``(N_m,)`` of the rows' weights, or None for ones.
+        scale: ``[M]``, or None for ones.
+    """
+    grams = []
+    for m, z in enumerate(zs):
+        z = z.to(compute_dtype(z.dtype))
+        if counts is not None:
+            z = torch.where(torch.arange(len(z), device=z.device)[:, None] < counts[m], z, 0.0)
+        y = z if weights is None else z * weights[m].to(z.dtype)[:, None]
+        grams.append(y.mT @ z)
+    G = torch.stack(grams)
+    return G if scale is None else G * scale.to(G.dtype)[:, None, None]
 
 
 def ema_weight(t: Tensor, decay: float) -> Tensor:

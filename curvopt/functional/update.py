@@ -17,7 +17,7 @@ zero parameter, so with the matrix equal to I (or None) adam, eigen and whiten a
 ``found_inf`` is torch's convention: a 0-d float tensor, non-zero when this step must change nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,7 +45,7 @@ class Slab:
 
     Attributes:
         params: L matrices ``(m, n)``, views of the parameters.
-        grads: ``[L, m, n]`` in the compute dtype; overwritten.
+        grads: ``[L, m, n]`` in the compute dtype, overwritten; or a list of L matrices ``(m, n)``, only read.
         exp_avg: ``[L, m, n]`` first moment, in the coordinates of the rule.
         exp_avg_sq: ``[L, m, n]`` second moment, likewise.
         step: 0-d float32, updates applied so far.
@@ -53,10 +53,11 @@ class Slab:
         matrix: ``[L, r, r]`` the rule's matrix, or None for the identity.
         hyper: learning rate, betas, eps, decay.
         spare: a buffer like ``grads`` to work in, or None to allocate one.
+        reduce: sums a tensor in place over the processes that hold other pieces of the matrices; None: there are none.
     """
 
     params: list[Tensor]
-    grads: Tensor
+    grads: Tensor | list[Tensor]
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
@@ -64,6 +65,7 @@ class Slab:
     matrix: Tensor | None
     hyper: Hyper
     spare: Tensor | None = None
+    reduce: Callable[[Tensor], None] | None = None
 
 
 # elements that a pass may write and the next still finds in a CPU's cache
@@ -74,7 +76,7 @@ def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     """Adam on the preconditioned gradient."""
     for s in _pieces(slabs):
         delta, _, _ = _adam(s, s.matrix, found_inf)
-        _apply(s, delta, found_inf)
+        apply_delta(s.params, s.hyper, delta, found_inf)
 
 
 def eigen_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
@@ -101,14 +103,18 @@ def momentum_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
             direction = left(s.matrix.to(delta.dtype), direction, s.rank_dim)
         length = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
         graft = torch.linalg.vector_norm(delta, dim=(1, 2), keepdim=True)
-        _apply(s, direction.mul_(torch.where(length > 0, graft / length, 0.0)), found_inf)
+        if s.reduce is not None:
+            squares = torch.stack([length, graft]).square_()
+            s.reduce(squares)
+            length, graft = squares.sqrt_()
+        apply_delta(s.params, s.hyper, direction.mul_(torch.where(length > 0, graft / length, 0.0)), found_inf)
 
 
 def _pieces(slabs: Sequence[Slab]) -> Iterator[Slab]:
     """Cut slabs on the CPU into pieces that stay in its cache from the first product to the last sum."""
     for s in slabs:
-        L, n = len(s.params), max(1, CHUNK // max(1, s.grads[0].numel()))
-        if n >= L or not s.grads.is_cpu:
+        L, n = len(s.params), max(1, CHUNK // max(1, s.exp_avg[0].numel()))
+        if n >= L or not s.exp_avg.is_cpu or s.reduce is not None:  # every process reduces as often
             yield s
             continue
         for i in range(0, L, n):
@@ -130,7 +136,7 @@ def _through_and_back(s: Slab, forward: Tensor | None, back: Tensor | None, foun
     delta, _, spare = _adam(s, forward, found_inf)
     if back is not None:
         delta = left(back.to(delta.dtype), delta, s.rank_dim, out=spare)
-    _apply(s, delta, found_inf)
+    apply_delta(s.params, s.hyper, delta, found_inf)
 
 
 def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,13 +144,14 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
 
     Stacks are as large as the adapter, so the two that a step needs are used twice.
     """
-    spare = torch.empty_like(s.grads) if s.spare is None else s.spare
-    if M is None:
-        grads, delta = s.grads, spare.zero_()
-    else:
-        grads = left(M.to(s.grads.dtype), s.grads, s.rank_dim, out=spare)
-        delta = s.grads.zero_()
     wide = compute_dtype(s.exp_avg.dtype)
+    own = torch.stack(s.grads).to(wide) if isinstance(s.grads, list) else s.grads
+    spare = torch.empty_like(own) if s.spare is None else s.spare
+    if M is None:
+        grads, delta = own, spare.zero_()
+    else:
+        grads = left(M.to(own.dtype), own, s.rank_dim, out=spare)
+        delta = own.zero_()
     exp_avg, exp_avg_sq = s.exp_avg.to(wide), s.exp_avg_sq.to(wide)
     # torch's CPU kernel rounds what is left over after its vectors otherwise: to the bit AdamW's only matrix by matrix
     whole = delta[0].numel() % 64 == 0 or not delta.is_cpu
@@ -162,20 +169,20 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
     return delta, exp_avg, grads
 
 
-def _apply(s: Slab, delta: Tensor, found_inf: Tensor) -> None:
-    """Take p ← p (1 − lr · weight_decay) + delta, rounding 16-bit parameters once."""
-    lr = s.hyper.lr.double() if isinstance(s.hyper.lr, Tensor) else s.hyper.lr
-    decay = lr * s.hyper.weight_decay
-    keep = 1 - decay * (found_inf == 0).double() if s.hyper.weight_decay != 0 else None
-    if s.params[0].dtype == delta.dtype:
+def apply_delta(params: list[Tensor], hyper: Hyper, delta: Tensor, found_inf: Tensor) -> None:
+    """Take p ← p (1 − lr · weight_decay) + delta ``[L, m, n]``, rounding 16-bit parameters once."""
+    lr = hyper.lr.double().reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
+    decay = lr * hyper.weight_decay
+    keep = 1 - decay * (found_inf == 0).double() if hyper.weight_decay != 0 else None
+    if params[0].dtype == delta.dtype:
         if keep is not None:
-            torch._foreach_mul_(s.params, keep)
-        torch._foreach_add_(s.params, delta.unbind())
+            torch._foreach_mul_(params, keep)
+        torch._foreach_add_(params, delta.unbind())
         return
-    p = torch.stack(s.params).to(delta.dtype)
+    p = torch.stack(params).to(delta.dtype)
     if keep is not None:
         p.mul_(keep)
-    torch._foreach_copy_(s.params, p.add_(delta).unbind())
+    torch._foreach_copy_(params, p.add_(delta).unbind())
 
 
 RULES = {"eigen": eigen_update, "adam": adam_update, "whiten": whiten_update, "momentum": momentum_update}

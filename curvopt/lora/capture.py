@@ -4,6 +4,9 @@ u is the output of the module that applies A, and d is the gradient of the loss 
 module puts a tensor hook on u; when the backward brings d, both sums are added. Counting happens in
 the backward alone: a forward without one (evaluation, generation, the first pass of a checkpointed block) leaves
 nothing, and a recomputed forward is not counted twice.
+
+On the CPU each sum is one product at once. On a device products this small are all launch: u and d wait until many can
+be summed by one op.
 """
 
 from __future__ import annotations
@@ -18,7 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from curvopt.functional import compute_dtype
 from curvopt.lora.pair import LoraPair
+from curvopt.ops import Ops
+
+# bytes of u and d that may wait for their products on a device
+WAITING = 2**26
 
 
 @dataclass
@@ -26,27 +34,25 @@ class Sums:
     """What one pair has gathered since the last `pop`.
 
     Attributes:
-        total: Σ zᵀz of the rows z = (u, d), (2r, 2r), fp32 (fp64 for fp64 signals); `uu` and `dd` are its blocks.
+        both: Σ uᵀu and Σ dᵀd, (2, r, r), fp32 (fp64 for fp64 signals); `uu` and `dd` are its two halves.
             d is as it came, not scaled by the number of rows.
-        n: Rows summed (tokens, or positions of a convolution's output).
+        n: Rows summed (tokens, or positions of a convolution's output); a 0-d tensor where a mask counted them.
         calls: Backward passes through the layer that were summed.
     """
 
-    total: Tensor
-    n: int = 0
+    both: Tensor
+    n: int | Tensor = 0
     calls: int = 0
 
     @property
     def uu(self) -> Tensor:
         """Σ uᵀu, (r, r)."""
-        r = self.total.shape[0] // 2
-        return self.total[:r, :r]
+        return self.both[0]
 
     @property
     def dd(self) -> Tensor:
         """Σ dᵀd, (r, r)."""
-        r = self.total.shape[0] // 2
-        return self.total[r:, r:]
+        return self.both[1]
 
 
 class Capture:
@@ -57,26 +63,40 @@ class Capture:
 
     Args:
         pairs: The pairs to watch.
+        ops: Makes the products that waited; the reference if None.
+        waiting: Bytes of u and d that may wait; by default none on the CPU, 64 MiB elsewhere.
+        static: Keep sums and counts in the same memory from `pop` to `pop`, and let nothing wait: a CUDA graph that
+            pops them finds them there when it is replayed. Counts are then 0-d tensors.
 
     Attributes:
         pairs: The pairs, in the given order.
         active: While False the hooks return at once. Read in the forward.
+        mask: Which rows of the coming forward passes are real, (n,) float, or None for all. Layers with another
+            number of rows count all of theirs. Read in the forward; gone after `pop` and `discard`.
         fired: Backward hits of each pair since construction, {pair: int}.
     """
 
-    def __init__(self, pairs: Iterable[LoraPair]):
+    def __init__(
+        self, pairs: Iterable[LoraPair], ops: Ops | None = None, waiting: int | None = None, static: bool = False
+    ):
         self.pairs = list(pairs)
         self.active = True
+        self.mask: Tensor | None = None
         self.fired: dict[LoraPair, int] = dict.fromkeys(self.pairs, 0)
+        self._ops = Ops("torch") if ops is None else ops
+        self._limit = 0 if static else waiting
+        self._static = static
         self._sums: dict[LoraPair, Sums] = {}
+        self._waiting: list[_Product] = []
         self._hooked: dict[LoraPair, tuple[weakref.ref[nn.Module], RemovableHandle]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Handles and weak references belong to the live model; a copy starts unattached and empty.
-        return {"pairs": self.pairs, "active": self.active, "fired": self.fired}
+        own = ("pairs", "active", "fired", "_limit", "_static")
+        return {key: self.__dict__[key] for key in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _sums={}, _hooked={})
+        self.__dict__.update(state, mask=None, _ops=Ops("torch"), _sums={}, _waiting=[], _hooked={})
 
     def attach(self) -> None:
         """Put the hooks on; modules that were replaced since the last call are hooked anew."""
@@ -100,25 +120,62 @@ class Capture:
 
     def pop(self) -> dict[LoraPair, Sums]:
         """Give and clear the sums since the last call; pairs that no backward reached are not in it."""
-        sums, self._sums = self._sums, {}
+        self._sum_up()
+        sums = self._sums
+        if self._static:
+            sums = {pair: Sums(s.both.clone(), s.n + 0, s.calls) for pair, s in sums.items()}
+        self.discard()
         return {pair: sums[pair] for pair in self.pairs if pair in sums}
 
     def discard(self) -> None:
         """Forget the sums since the last `pop`."""
-        self._sums = {}
+        self._waiting, self.mask = [], None
+        if not self._static:
+            self._sums = {}
+        for s in self._sums.values():
+            s.both.zero_()
+            s.n = s.n.zero_() if isinstance(s.n, Tensor) else 0
+            s.calls = 0
 
-    def _add(self, pair: LoraPair, u: Tensor, d: Tensor) -> None:
-        """Count one backward hit; u and d are (n, r)."""
+    def _add(self, pair: LoraPair, u: Tensor, d: Tensor, mask: Tensor | None) -> None:
+        """Count one backward hit; u and d are (n, r), mask is (n,) or None."""
         self.fired[pair] += 1
-        z = torch.cat((u, d), 1)  # one product for both; no autocast, no graph: z has no history and total is in place
-        if z.dtype not in (torch.float32, torch.float64):
-            z = z.float()
+        dtype, r = compute_dtype(u.dtype), u.shape[1]
         sums = self._sums.get(pair)
-        if sums is None or _layout(sums.total) != _layout(z):  # the rank, device or dtype has changed
-            sums = self._sums[pair] = Sums(z.new_zeros(z.shape[1], z.shape[1]))
-        sums.total.addmm_(z.T, z)
-        sums.n += z.shape[0]
+        if sums is None or (sums.both.shape[1], sums.both.dtype, sums.both.device) != (r, dtype, u.device):
+            n = torch.zeros((), dtype=torch.float64, device=u.device) if self._static else 0
+            sums = self._sums[pair] = Sums(torch.zeros(2, r, r, dtype=dtype, device=u.device), n)
+        sums.n += u.shape[0] if mask is None else mask.sum()
         sums.calls += 1
+        limit = self._limit if self._limit is not None else 0 if u.device.type == "cpu" else WAITING
+        if limit > 0:
+            self._waiting += [_Product(sums.uu, u, mask), _Product(sums.dd, d, mask)]
+            if sum(p.z.numel() * p.z.element_size() for p in self._waiting) > limit:
+                self._sum_up()
+            return
+        for S, z in ((sums.uu, u.to(dtype)), (sums.dd, d.to(dtype))):
+            # in place: no autocast, no graph
+            S.addmm_(z.T if mask is None else z.T * mask, z)
+
+    def _sum_up(self) -> None:
+        """Do the products that wait, those of one kind by one op."""
+        kinds: dict[tuple[Any, ...], list[_Product]] = {}
+        for p in self._waiting:
+            kinds.setdefault((p.z.shape[1], p.z.dtype, p.z.device, p.mask is None), []).append(p)
+        for products in kinds.values():
+            masks = [p.mask for p in products if p.mask is not None]
+            G = self._ops("gram_many", [p.z for p in products], None, masks or None)
+            torch._foreach_add_([p.into for p in products], list(G.unbind()))
+        self._waiting = []
+
+
+@dataclass
+class _Product:
+    """zᵀz of the rows of z (n, r) that a mask (n,) leaves, to be added to a sum."""
+
+    into: Tensor
+    z: Tensor
+    mask: Tensor | None
 
 
 class _Hook:
@@ -148,19 +205,22 @@ class _Hook:
             watched = output.detach().requires_grad_()
         channel = _channel(module, output)
         # the backward of B needs u too, so that holding it costs nothing (but r numbers a row under checkpointing)
-        watched.register_hook(_on_gradient(weakref.ref(capture), weakref.ref(pair), output.detach(), channel))
+        mask = capture.mask
+        if mask is not None and mask.numel() * output.shape[channel] != output.numel():
+            mask = None
+        watched.register_hook(_on_gradient(weakref.ref(capture), weakref.ref(pair), output.detach(), channel, mask))
         return None if watched is output else watched
 
 
 def _on_gradient(
-    capture: weakref.ref[Capture], pair: weakref.ref[LoraPair], u: Tensor, channel: int
+    capture: weakref.ref[Capture], pair: weakref.ref[LoraPair], u: Tensor, channel: int, mask: Tensor | None
 ) -> Callable[[Tensor | None], None]:
     """The tensor hook on u: d has u's shape, its rank is dimension `channel`."""
 
     def hook(d: Tensor | None) -> None:
         owner, key = capture(), pair()
         if d is not None and owner is not None and key is not None:
-            owner._add(key, _rows(u, channel), _rows(d.detach(), channel))
+            owner._add(key, _rows(u, channel), _rows(d.detach(), channel), mask)
 
     return hook
 
@@ -176,7 +236,3 @@ def _rows(signal: Tensor, channel: int) -> Tensor:
     if channel != signal.ndim - 1:
         signal = signal.movedim(channel, -1)
     return signal if signal.ndim == 2 else signal.reshape(-1, signal.shape[-1])
-
-
-def _layout(tensor: Tensor) -> tuple[int, torch.device, torch.dtype]:
-    return tensor.shape[1], tensor.device, tensor.dtype

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvopt.distributed import is_sharded
 from curvopt.lora.pair import LoraPair, read_number
 from curvopt.lora.pairs import find_lora_pairs
 
@@ -41,7 +42,7 @@ def resize_pair(
 
     Raises:
         TypeError: If `rank` is no integer.
-        ValueError: If `rank` is below 1, or a variant holds more tensors along the rank.
+        ValueError: If `rank` is below 1, a variant holds more tensors along the rank, or the factors are sharded.
     """
     check_resize(pair, rank)
     old, scaling = pair.rank, pair.scaling
@@ -95,6 +96,11 @@ def check_resize(pair: LoraPair, rank: Any) -> None:
         raise TypeError(f"rank of {pair.name} must be an int, got {type(rank).__name__}")
     if rank < 1:
         raise ValueError(f"rank of {pair.name} must be at least 1, got {rank}")
+    if is_sharded(pair.A) or is_sharded(pair.B):
+        raise ValueError(
+            f"{pair.name} cannot be resized: its factors are sharded. Load the full state_dict into a model on one "
+            "process and resize that"
+        )
     if pair.variant and not pair.variant.startswith(_RANK_FREE):
         raise ValueError(f"{pair.name} cannot be resized: {pair.variant} may hold more tensors along the rank")
     tied = getattr(pair.configs[pair.adapter], "target_modules_to_tie", None) if pair.configs is not None else None

@@ -1,5 +1,6 @@
 """RankSpaceOptimizer: params in, pairs found, state stacked, gradients checked. The methods live in its subclasses."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from curvopt.distributed import any_nonfinite, groups_of, local
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, pair_by_name
 from curvopt.ops import Ops
-from curvopt.optim.stacks import Scratch, Side, Stack, partition
+from curvopt.optim import loading
+from curvopt.optim.places import Places, describe_names, trainable
+from curvopt.optim.scratch import Scratch
+from curvopt.optim.stacks import Side, Stack, partition
 
 
 def check(name: str, value: Any, fine: bool, allowed: str) -> None:
@@ -48,6 +53,7 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # r×r and counting state: kept in its own dtype, which loading would cast to the parameter's
     _small: frozenset[str] = frozenset({"skipped"})
+    _stacked = True  # whether a step wants the gradients of a stack in one tensor
 
     def __init__(
         self,
@@ -62,7 +68,7 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         self._ops = Ops(backend)
         self._adapter = adapter
         if isinstance(params, nn.Module):
-            model, params = params, _trainable(params, adapter)
+            model, params = params, trainable(params, adapter)
         elif not isinstance(params, Tensor):
             params = list(params)
         self._model = model
@@ -77,7 +83,7 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         try:
             self._index_pairs()
             if require_pairs and not self._pairs:
-                found = describe_search(model) if model is not None else _describe_names(self.param_groups)
+                found = describe_search(model) if model is not None else describe_names(self.param_groups)
                 raise ValueError(f"no LoRA pair found: {found}. Pass the model itself, or require_pairs=False")
             self._check_pairs()
         except Exception:
@@ -144,11 +150,28 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
             for name, p in (("A", pair.A), ("B", pair.B))
             if p in groups
         ]
+        self._note_params()
+
+    def _note_params(self) -> None:
+        """Note what depends on which objects the parameters are now."""
         self._stacks = []
         paired = {s.param for s in self._sides}
         self._others = [[p for p in g["params"] if p not in paired] for g in self.param_groups]
+        self._places = Places(self._model, self.param_groups)
+        self._shared_by = groups_of(p for g in self.param_groups for p in g["params"])
+
+    def _follow(self) -> None:
+        """Take the parameters that a framework has put in place of ours; pairs and what was observed of them stay."""
+        if self._places.adopt(self.param_groups, self.state, self._sides):
+            self._note_params()
+        else:
+            self._index_pairs()
 
     # ------------------------------------------------------------------ one step
+
+    def _check_capture(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            check("capturable", False, all(g.get("capturable") for g in self.param_groups), "True to capture a step")
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -159,18 +182,20 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
     def _gather(self) -> tuple[list[Stack], dict[int, list[Tensor]]]:
         """Return the stacks with gradients, loaded, and by group the other parameters with gradients."""
         self._read_grads()
-        if any(s.param is not (s.pair.A if s.name == "A" else s.pair.B) for s in self._sides if s.grad is None):
-            self._index_pairs()  # a framework replaced parameters: the old ones get no gradients any more
+        idle = [s.param for s in self._sides if s.grad is None]
+        if self._places.moved(itertools.chain(idle, (p for ps in self._others for p in ps if p.grad is None))):
+            self._follow()
             self._read_grads()
         others = {i: [p for p in params if p.grad is not None] for i, params in enumerate(self._others)}
         grads = [*(s.grad for s in self._sides), *(p.grad for params in others.values() for p in params)]
         if any(g is not None and g.layout is not torch.strided for g in grads):
             raise RuntimeError("sparse gradients are not supported; use dense ones, or another optimizer for them")
+        self._places.look_after(grads)
         self._assemble()
         scale = getattr(self, "grad_scale", None)
         stacks = [s for s in self._stacks if s.live]
-        for stack in stacks:
-            stack.load_grads(scale)
+        for stack in stacks if self._stacked else ():
+            stack.load_grads(scale, listed=self._ops.on_kernels(stack.device))
         return stacks, others
 
     def _read_grads(self) -> None:
@@ -200,17 +225,12 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         return {}
 
     def _found_inf(self, stacks: Sequence[Stack], others: dict[int, list[Tensor]]) -> dict[torch.device, Tensor]:
-        """Return, per device, a 0-d float that is 1 if any gradient of this step is not finite, on any device."""
-        flags: dict[torch.device, list[Tensor]] = {}
-        for grads in [*(s.grads for s in stacks), *(p.grad for ps in others.values() for p in ps)]:
-            if grads is None or grads.numel() == 0:
-                continue
-            low, high = torch.aminmax(grads.detach())
-            flags.setdefault(grads.device, []).append(~(low.isfinite() & high.isfinite()))
-        scaler = getattr(self, "found_inf", None)
-        found = [torch.stack(f).any() for f in flags.values()] + ([] if scaler is None else [scaler.bool().any()])
+        """Return, per device, a 0-d float that is 1 if any gradient of this step is not finite, anywhere."""
+        grads = [g for s in stacks for g in (s.grads if isinstance(s.grads, list) else [s.grads])]
+        grads += [p.grad for ps in others.values() for p in ps]
         devices = {s.device for s in stacks} | {p.device for ps in others.values() for p in ps}
-        return {d: torch.stack([f.to(d) for f in found]).any().float() for d in devices} if found else {}
+        scaler = getattr(self, "found_inf", None)
+        return any_nonfinite([g for g in grads if g is not None], scaler, list(devices), self._shared_by)
 
     def _update_others(self, others: dict[int, list[Tensor]], found_inf: dict[torch.device, Tensor]) -> None:
         """AdamW on the parameters outside pairs: torch's own."""
@@ -232,7 +252,8 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         if scale is not None:
             grads = [g_.div(scale.to(g_.device)) for g_ in grads if g_ is not None]
-        column = {key: [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
+        column = {key: [local(self.state[p][key]) for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
+        params, grads = [local(p) for p in params], [local(g_) for g_ in grads]
         adamw(
             params, grads, column["exp_avg"], column["exp_avg_sq"], [], column["step"],
             fused=None if cpu else True, foreach=False if cpu else None, found_inf=None if cpu else found_inf,
@@ -252,46 +273,28 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the saved state of a parameter has another shape (for instance another rank).
         """
-        saved = [(i, state_dict["state"].get(i, {})) for g in state_dict["param_groups"] for i in g["params"]]
-        params = [p for g in self.param_groups for p in g["params"]]
-        for p, (index, state) in zip(params, saved, strict=False):
-            shape = state["exp_avg"].shape if "exp_avg" in state else p.shape
-            if shape != p.shape:
-                raise ValueError(
-                    f"state_dict does not fit: parameter {index} has shape {tuple(p.shape)} but its saved state "
-                    f"{tuple(shape)}; give the adapter the saved ranks first (curvopt.lora.resize_adapter)"
-                )
-        super().load_state_dict(state_dict)
-        for p, (_, state) in zip(params, saved, strict=True):
-            for key in self._small & state.keys():  # torch has cast these to the parameter's dtype
-                self.state[p][key] = state[key].to(p.device, copy=True)
+        if self._places.moved(iter(())):
+            self._follow()
+        final: dict[str, Any] = {}  # what loads, after the user's own pre-hooks
+
+        def look(_: Any, found: dict[str, Any]) -> None:
+            loading.check_fits(self.param_groups, found)
+            final.update(found)
+
+        handle = self.register_load_state_dict_pre_hook(look)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        loading.restore(self.state, self.param_groups, final, self._small)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         backend = state.pop("_backend", None)
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in (key for key in self.defaults if key != "differentiable"):  # torch adds it here, not at first
+                group.setdefault(key, self.defaults[key])
         if backend is not None:  # a copy or a pickle, not load_state_dict
             self._ops = Ops(backend)
             self._sides, self._stacks, self._scratch, self._ready = [], [], Scratch(), True
         self._index_pairs()
-
-
-def _trainable(model: nn.Module, adapter: str | None) -> list[Tensor]:
-    """Return what to optimize in a module: the chosen pairs' parameters, and all else that requires a gradient.
-
-    Pairs are included even while frozen, so that switching adapters later needs no new optimizer.
-    """
-    chosen = {p for pair in find_lora_pairs(model, adapter) for p in (pair.A, pair.B)}
-    others = {p for pair in find_lora_pairs(model) for p in (pair.A, pair.B)} - chosen
-    params = [p for p in model.parameters() if p in chosen or (p.requires_grad and p not in others)]
-    check("params", f"a {type(model).__name__}", bool(params), "a module with trainable parameters")
-    return params
-
-
-def _describe_names(groups: list[dict[str, Any]]) -> str:
-    names = [name for g in groups for name in g.get("param_names", ())]
-    if not names:
-        return "the parameters have no names, so A and B cannot be told apart"
-    return f"among {len(names)} named parameters ({', '.join(names[:3])}, ...) none are named like lora_A and lora_B"

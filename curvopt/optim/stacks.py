@@ -1,7 +1,8 @@
 """Matrices of equal shape kept as one stack: state is a stacked tensor, and what ``optimizer.state`` holds are views.
 
 Batched work needs stacks; checkpoints, users and torch want one tensor per parameter. Both are true at once here:
-``state[p]["exp_avg"]`` is row i of the stack's ``exp_avg``, so in-place reads and writes through either agree.
+``state[p]["exp_avg"]`` is row i of the stack's ``exp_avg``, so in-place reads and writes through either agree. Where
+parameters are DTensors the stack holds this process's pieces, and what ``optimizer.state`` holds are DTensors.
 """
 
 from collections.abc import Iterable
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.distributed import Shards, local, shards_of
 from curvopt.functional import compute_dtype
 from curvopt.functional.basis import carry_first, carry_second
 from curvopt.functional.truncate import truncate_
-from curvopt.functional.update import Hyper, Slab
+from curvopt.functional.update import Hyper, Slab, apply_delta
 from curvopt.lora import LoraPair
 
 
@@ -52,9 +54,15 @@ class Side:
 
     def key(self) -> tuple[Any, ...]:
         """Return what sides must share to be stacked."""
-        p, observable = self.param, self.pair.signal is not None
-        shape = tuple(self.matrix(p).shape)
-        return (id(self.group), self.name, shape, p.stride(), self.rank_dim, p.dtype, p.device, observable)
+        p, observable, shards = self.param, self.pair.signal is not None, self.shards
+        shape = tuple(p.shape if shards else self.matrix(p).shape)
+        how = (shards.mesh, shards.placements) if shards else None
+        return (id(self.group), self.name, shape, p.stride(), self.rank_dim, p.dtype, p.device, observable, how)
+
+    @property
+    def shards(self) -> Shards | None:
+        """How the parameter is split over processes now; None for a plain tensor."""
+        return shards_of(self.param, self.rank_dim - 1, f"{self.name} of {self.pair.name}")
 
 
 @dataclass(eq=False)
@@ -64,13 +72,18 @@ class Stack:
     Attributes:
         sides: the L sides.
         state: stacked state ``[L, ...]`` by key, and the shared 0-d ``step`` and ``skipped``.
-        grads: ``[L, m, n]`` gradients of this step in the compute dtype; meaningless between steps.
+        grads: gradients of this step, ``[L, m, n]`` in the compute dtype, or a list of L matrices ``(m, n)`` as they
+            came, where kernels read them so; meaningless between steps.
+        shards: how the matrices are split over processes; None if they are plain tensors. Then ``state`` and ``grads``
+            are pieces, with all of the rank; see `curvopt.distributed.Shards`.
     """
 
     sides: list[Side]
     state: dict[str, Tensor] = field(default_factory=dict)
-    grads: Tensor = field(default_factory=lambda: torch.empty(0))
+    grads: Tensor | list[Tensor] = field(default_factory=lambda: torch.empty(0))
+    shards: Shards | None = None
     _views: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
+    _delta: Tensor | None = None
 
     @property
     def group(self) -> dict[str, Any]:
@@ -93,14 +106,33 @@ class Stack:
         return self.sides[0].pair.rank
 
     @property
+    def width(self) -> int:
+        """How many columns the matrices have beside the rank, over all processes."""
+        return self.sides[0].param.numel() // self.r
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of r×r state and of the arithmetic."""
         return compute_dtype(self.sides[0].param.dtype)
 
     @property
     def matrices(self) -> list[Tensor]:
-        """The parameters as 2-D views, for use under no_grad."""
+        """What this process holds of the parameters as 2-D views, for use under no_grad."""
+        if self.shards is not None:
+            return [s.matrix(local(s.param)) for s in self.sides]
         return [s.matrix(s.param) for s in self.sides]
+
+    def weights(self) -> Tensor:
+        """Return copies of the parameters, ``[L, m, n]`` like ``grads``, in their own dtype."""
+        if self.shards is not None:
+            return self._pieces(self.shards, [s.param for s in self.sides])
+        return torch.stack(self.matrices)
+
+    def assign(self, X: Tensor) -> None:
+        """Write ``[L, m, n]``, as `weights` gives them, into the parameters."""
+        if self.shards is not None:
+            X = self._as_held(X.to(self.sides[0].param.dtype))
+        torch._foreach_copy_(self.matrices, X.unbind())
 
     @property
     def live(self) -> bool:
@@ -115,10 +147,13 @@ class Stack:
             small: prototype of each further per-matrix tensor, without the leading L.
         """
         first = self.sides[0]
-        like = first.matrix(torch.empty_like(first.param))
+        self.shards = shards = first.shards
+        like = first.matrix(torch.empty_like(first.param) if shards is None else shards.new_piece(first.param))
         prototypes = {"exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like), **small}
         for key, prototype in prototypes.items():
-            rows = [self._row(states.get(s.param, {}).get(key), s, prototype) for s in self.sides]
+            found = [states.get(s.param, {}).get(key) for s in self.sides]
+            moment = key.startswith("exp_avg")
+            rows = [self._row(value, s, prototype, moment) for s, value in zip(self.sides, found, strict=True)]
             self.state[key] = torch.stack(rows)
         for key in ("step", "skipped"):
             value = states.get(first.param, {}).get(key, 0.0)
@@ -127,7 +162,7 @@ class Stack:
             state = states[s.param]
             for key in prototypes:
                 row = self.state[key][i]
-                state[key] = _like_param(row, s.param) if key.startswith("exp_avg") else row
+                state[key] = self._of_param(row, s.param) if key.startswith("exp_avg") else row
             state.update(step=self.state["step"], skipped=self.state["skipped"])
         self._views = [(states[s.param], states[s.param]["exp_avg"]) for s in self.sides]
 
@@ -141,10 +176,25 @@ class Stack:
             state.get("exp_avg") is view for state, view in self._views
         )
 
-    def load_grads(self, grad_scale: Tensor | None) -> None:
-        """Stack this step's gradients in the compute dtype, divided by the loss scale if there is one."""
-        grads = [s.matrix(s.grad) for s in self.sides if s.grad is not None]
-        if grads[0].dtype == self.compute_dtype:
+    @property
+    def stacked_grads(self) -> Tensor:
+        """The gradients of this step as ``[L, m, n]`` in the compute dtype."""
+        return torch.stack(self.grads).to(self.compute_dtype) if isinstance(self.grads, list) else self.grads
+
+    def load_grads(self, grad_scale: Tensor | None, listed: bool = False) -> None:
+        """Stack this step's gradients in the compute dtype, divided by the loss scale if there is one.
+
+        ``listed`` leaves them where they are, if nothing has to be done to them.
+        """
+        if listed and self.shards is None and grad_scale is None:
+            self.grads = [s.matrix(s.grad) for s in self.sides if s.grad is not None]
+            return
+        if isinstance(self.grads, list):
+            self.grads = torch.empty(0)
+        if self.shards is not None:
+            grads = self._pieces(self.shards, [s.grad for s in self.sides if s.grad is not None])
+            self.grads = grads.to(self.compute_dtype)
+        elif (grads := [s.matrix(s.grad) for s in self.sides if s.grad is not None])[0].dtype == self.compute_dtype:
             self.grads = torch.stack(grads, out=self.grads) if self.grads.numel() else torch.stack(grads)
         else:
             self.grads = torch.stack(grads).to(self.compute_dtype)
@@ -165,34 +215,66 @@ class Stack:
             self.state[key].copy_(X if k is None else truncate_(X, k, self.rank_dim))
 
     def slab(self, matrix: Tensor | None, spare: Tensor | None) -> Slab:
-        """Return this stack as the update rules take it."""
-        g, s = self.group, self.state
+        """Return this stack as the update rules take it; `finish` what they leave.
+
+        Matrices split along their rank are not at hand in the layout of the state: the rule then works on zeros, and
+        what it adds to them is the update.
+        """
+        g, s, shards = self.group, self.state, self.shards
+        crossed = shards is not None and shards.crossed
+        self._delta = torch.zeros_like(self.stacked_grads) if crossed else None
+        decay = 0.0 if crossed else g["weight_decay"]
         return Slab(
-            params=self.matrices,
+            params=self.matrices if self._delta is None else list(self._delta.unbind()),
             grads=self.grads,
             exp_avg=s["exp_avg"],
             exp_avg_sq=s["exp_avg_sq"],
             step=s["step"],
             rank_dim=self.rank_dim,
             matrix=matrix,
-            hyper=Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"]),
+            hyper=Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], decay, g["maximize"]),
             spare=spare,
+            reduce=shards.sum_ if shards is not None and g.get("update") == "momentum" else None,
         )
 
-    @staticmethod
-    def _row(value: Tensor | None, side: Side, prototype: Tensor) -> Tensor:
+    def finish(self, found_inf: Tensor) -> None:
+        """Bring an update that `slab` had made elsewhere to the parameters, and let go of the gradients."""
+        if self._delta is not None:
+            g, delta = self.group, self._as_held(self._delta)
+            hyper = Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
+            apply_delta(self.matrices, hyper, delta, found_inf)
+            self._delta = None
+        self.release_grads()
+
+    def _pieces(self, shards: Shards, tensors: list[Tensor]) -> Tensor:
+        """Stack tensors shaped like the parameters in the layout of the state, as matrices."""
+        X = shards.load(tensors)
+        return X.view(len(X), *self.sides[0].matrix(X[0]).shape)
+
+    def _as_held(self, X: Tensor) -> Tensor:
+        """Return a stack in the layout of the state in that of the parameters, both as matrices."""
+        if self.shards is None or not self.shards.crossed:
+            return X
+        X = self.shards.unload(X.view(len(X), *self.shards.work_shape))
+        return X.view(len(X), *self.sides[0].matrix(X[0]).shape)
+
+    def _of_param(self, row: Tensor, p: Tensor) -> Tensor:
+        """Return a matrix of the stack with the shape of the parameter; rows hold the parameter's memory order."""
+        if self.shards is not None:
+            return self.shards.wrap(row)
+        return row if p.ndim == 2 else row.as_strided(p.shape, p.stride(), row.storage_offset())
+
+    def _row(self, value: Tensor | None, side: Side, prototype: Tensor, moment: bool) -> Tensor:
+        """Return what was saved for one side, or its prototype, as a row of the stack."""
         p = side.param
         if value is None:
             return prototype.to(p.device)
         value = value.to(p.device, prototype.dtype)
-        if value.shape != p.shape:
-            return value
+        if not moment:
+            return local(value)
+        if self.shards is not None:
+            return side.matrix(self.shards.piece(value).contiguous())
         return side.matrix(torch.empty_like(p, dtype=value.dtype).copy_(value))
-
-
-def _like_param(row: Tensor, p: Tensor) -> Tensor:
-    """Return a matrix of the stack with the shape of the parameter; rows hold the parameter's memory order."""
-    return row if p.ndim == 2 else row.as_strided(p.shape, p.stride(), row.storage_offset())
 
 
 def partition(sides: Iterable[Side], states: dict[Tensor, dict[str, Any]]) -> list[Stack]:
@@ -215,19 +297,3 @@ def sliced(side: Side, state: dict[str, Any], k: int) -> dict[str, Any]:
             value = value[:k, :k]
         cut[key] = value.clone()
     return cut
-
-
-class Scratch:
-    """One buffer that all stacks of a device work in, one after the other."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def like(self, X: Tensor) -> Tensor | None:
-        """Return a buffer shaped like ``X``; None off the CPU, where torch's allocator keeps memory itself."""
-        if X.device.type != "cpu":
-            return None
-        flat = self._flat.get((X.device, X.dtype))
-        if flat is None or flat.numel() < X.numel():
-            flat = self._flat[X.device, X.dtype] = X.new_empty(X.numel())
-        return flat[: X.numel()].view(X.shape)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles import EPS, average, bits
 from strategies import dims, few, generator, ranks, seeds, small_ranks, some, stack_sizes
 
-from curvopt.functional.moments import ema_, ema_weight, gram, trace
+from curvopt.functional.moments import ema_, ema_weight, gram, gram_many, trace
 
 DECAYS = [0.0, 0.5, 0.95, 0.999, 1 - 1e-7, 1.0]
 
@@ -137,3 +137,23 @@ def test_gram_sums_over_micro_batches():
 def test_trace():
     S = torch.arange(18.0).reshape(2, 3, 3)
     assert trace(S).tolist() == [0 + 4 + 8, 9 + 13 + 17]
+
+
+@some
+@given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=4), small_ranks)
+def test_many_grams_are_the_sums_over_their_rows(seed, sizes, r):
+    """Against the definition, row by row; what stands after ``counts`` may be anything."""
+    g = generator(seed)
+    zs = [torch.randn(n, r, generator=g, dtype=torch.float64) for n in sizes]
+    weights = [torch.rand(n, generator=g, dtype=torch.float64) for n in sizes]
+    counts = torch.tensor([n // 2 for n in sizes])
+    scale = torch.rand(len(sizes), generator=g, dtype=torch.float64)
+    torch.testing.assert_close(gram_many(zs), torch.stack([gram(z) for z in zs]), rtol=0, atol=0)
+    want = [
+        sum((c * w[n] * torch.outer(z[n], z[n]) for n in range(len(z) // 2)), torch.zeros(r, r, dtype=torch.float64))
+        for z, w, c in zip(zs, weights, scale, strict=True)
+    ]
+    for z in zs:
+        z[len(z) // 2 :] = torch.nan
+    # at most nine products and sums of numbers below 5² each
+    torch.testing.assert_close(gram_many(zs, counts, weights, scale), torch.stack(want), rtol=0, atol=1e-13)

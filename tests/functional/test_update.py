@@ -441,3 +441,19 @@ def test_rotation_of_the_rank_space(rule):
     a, b = one.params[0] - start, V.T @ two.params[0] - start
     cosine = (a * b).sum() / a.norm() / b.norm()
     assert (1 - cosine < 1e-12) if rule in ("momentum", "eigen") else (1 - cosine > 1e-6)
+
+
+@all_rules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_as_a_list_are_the_stack_and_only_read(rule, dtype):
+    g = generator(17)
+    matrix = MATRICES[rule](random_spd(3, 4, g)).float()
+    whole, listed = (make_slab(3, 4, 16, 1, dtype, HYPER, matrix) for _ in range(2))
+    grads = [x.to(dtype) for x in draw(whole, g)]
+    before = torch.stack(grads)
+    take(rule, whole, grads)
+    listed.grads = grads
+    RULES[rule]([listed], FINE)
+    assert torch.equal(torch.stack(grads), before)
+    for a, b in zip([*whole.params, whole.exp_avg], [*listed.params, listed.exp_avg], strict=True):
+        assert torch.equal(a, b)

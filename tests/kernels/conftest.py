@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-NUMERICAL = ["test_inverse.py", "test_eigen.py", "test_update.py", "test_truncate.py", "test_moments.py"]
+NUMERICAL = [f"test_{op}.py" for op in ("inverse", "eigen", "update", "truncate", "moments", "selfcheck")]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 collect_ignore = []

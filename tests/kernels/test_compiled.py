@@ -17,7 +17,7 @@ from curvopt.kernels import compiled, launch
 # one of every kernel, and both kinds of tile; the rest is behind -m slow
 QUICK = re.compile(
     r"rational r=(4 Q=1$|16 Q=13|128 Q=1$)|eigenbasis r=(8|64)$|update eigen r=(12|16|64) p=(bf16 g=bf16|fp32)"
-    r"|update (momentum|graft) r=16|prepare|rows truncate bf16|gram(16|32) r=(8|48|128) (bf16|fp32)|average r=16"
+    r"|update (momentum|graft|rows) r=16|prepare|rows truncate bf16|gram(16|32) r=(8|48|128) (bf16|fp32)|average r=16"
 )
 ALL = [(target, case) for target in launch.TARGETS for case in compiled.cases(target)]
 

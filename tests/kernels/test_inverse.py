@@ -44,6 +44,16 @@ def test_large_ranks(r, spd, device):
     check(inverse.damped_inverse, reference.damped_inverse, spd.power_law(1, r), 1e-2, device)
 
 
+@pytest.mark.parametrize("op, twin", OPS, ids=["inverse", "root"])
+@pytest.mark.parametrize("damping", [1e-3, 0.5])
+def test_damping_from_the_device(op, twin, damping, spd, device):
+    S, given = spd.power_law(2, 6), torch.tensor(damping, device=device)
+    assert kernels.supports("damped_inverse", S.to(device), given)
+    got, exact = op(S.to(device), given).cpu(), twin(S.double(), damping)
+    assert error(got, exact).max() <= bound(6, damping)
+    assert torch.equal(twin(S.double(), torch.tensor(damping).double()), twin(S.double(), float(torch.tensor(damping))))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op, twin", OPS, ids=["inverse", "root"])
 @pytest.mark.parametrize("damping", [1e-1, 1e-3])
@@ -58,7 +68,9 @@ def test_matches_float64_over_dampings(op, twin, damping, r, spd, device):
 def test_many_pairs_and_live_ranks(op, twin, L, r, spd, device):
     S, k = spd.power_law(L, r), torch.arange(L) % r + 1
     S[1, 2, :] = S[1, :, 2] = float("nan")  # k[1] = 2: dead rows may hold anything
-    check(op, twin, S, 1e-2, device, k=k)
+    S[2] = 0
+    S[2, 3, 3] = 1  # k[2] = 3: nothing in the live block is empty, whatever previous is given
+    check(op, twin, S, 1e-2, device, k=k, previous=torch.full_like(S, 7.0))
     got = op(S.to(device), 1e-2, k=k.to(device)).cpu()
     dead = torch.arange(r) >= k[:, None]
     assert torch.equal(got[dead], torch.eye(r).expand(L, r, r)[dead]), "the identity on dead directions, exactly"

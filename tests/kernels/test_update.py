@@ -231,3 +231,38 @@ def test_tables_are_uploaded_once_and_bounded(device):
 def test_table_covers_every_rank():
     for r in range(1, launch.MAX_RANK + 1):
         assert launch.config("update", launch.padded(r, 16), "sm_90") is not None
+
+
+def test_rows_have_their_own_rates(device):
+    """row_update against Adam run row by row in float64 with learning rate p·lr, ε/p and the same decay."""
+    rates = (2.5, 1.0, 1.0, 0.25, 0.0, 0.0)
+    slabs = [slab(2, 6, 37, 1, eps=1e-2), slab(1, 6, 20, 2, BF16, F32, seed=1), slab(1, 6, 16, 1, matrix=False, seed=2)]
+    for s, own in zip(slabs, (rates, rates, None), strict=True):
+        s.rates = own
+    ours, exact = [moved(s, device) for s in slabs], [moved(s, "cpu", torch.float64) for s in slabs]
+    kernels.OPS["row_update"](ours, torch.zeros((), device=device))
+    for s in exact:
+        for l, p in enumerate(s.params):
+            for i, rate in enumerate(s.rates or (1.0,) * 6):
+                at = (l, i) if s.rank_dim == 1 else (l, slice(None), i)
+                if rate == 0:
+                    p[at[1:]], s.exp_avg[at], s.exp_avg_sq[at] = 0, 0, 0
+                    continue
+                h, t = s.hyper, 4
+                m = s.exp_avg[at].mul_(h.beta1).add_(s.grads[at], alpha=1 - h.beta1)
+                v = s.exp_avg_sq[at].mul_(h.beta2).add_(s.grads[at].square(), alpha=1 - h.beta2)
+                root = (v / (1 - h.beta2**t)).sqrt() + h.eps / rate
+                p[at[1:]] = p[at[1:]] * (1 - h.lr * h.weight_decay) - rate * h.lr * m / (1 - h.beta1**t) / root
+        s.step += 1
+    check(ours, exact)
+
+
+def test_gradients_may_come_as_a_list(device):
+    s = slab(3, 8, 33, 2)
+    whole, listed = moved(s, device), moved(s, device)
+    listed.grads = [g.clone() for g in listed.grads]
+    found = torch.zeros((), device=device)
+    assert kernels.supports("eigen_update", [listed], found)
+    for c in (whole, listed):
+        kernels.OPS["eigen_update"]([c], found)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(listed), strict=True))

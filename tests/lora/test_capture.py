@@ -96,6 +96,60 @@ def test_micro_batches_sum_to_the_batch():
     assert not torch.allclose(undivided.dd, whole.dd)  # the division is what makes them equal
 
 
+@pytest.mark.parametrize("limit", [1, 300, 10**6])
+def test_products_that_wait_are_the_same_sums(limit):
+    x = torch.randn(12, 5, dtype=torch.float64)
+    found = []
+    for waiting in (0, limit):
+        model, _ = layer()
+        capture = Capture(find_lora_pairs(model), waiting=waiting)
+        capture.attach()
+        for part in x.split([3, 4, 5]):
+            capture.mask = torch.arange(3.0) if len(part) == 3 else None
+            model(part).square().mean().backward()
+        found.append(next(iter(capture.pop().values())))
+    at_once, waited = found
+    torch.testing.assert_close(waited.both, at_once.both, **EXACT)
+    assert at_once.n == waited.n == 12 and at_once.calls == waited.calls == 3
+
+
+def test_static_sums_stay_in_place():
+    model, capture = layer()
+    static = Capture(find_lora_pairs(model), static=True)
+    static.attach()
+    places = set()
+    for n in (3, 4):
+        for part in torch.randn(n, 2, 5, dtype=torch.float64):
+            model(part).square().mean().backward()
+        (kept,) = static._sums.values()
+        places.add((kept.both.data_ptr(), kept.n.data_ptr()))
+        (want,), (got,) = capture.pop().values(), static.pop().values()
+        assert torch.equal(got.both, want.both) and got.n == want.n == 2 * n and got.calls == n
+        assert not kept.both.any() and kept.n == 0, "ready for the next"
+    assert len(places) == 1
+    model(torch.randn(2, 5, dtype=torch.float64)).square().mean().backward()
+    static.discard()
+    (empty,) = static.pop().values()
+    assert empty.n == 0 and not empty.both.any()
+
+
+def test_masked_rows_enter_neither_sum_nor_count():
+    model, capture = layer()
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    capture.mask = mask.reshape(-1).float()
+    model(x)[mask.bool()].square().mean().backward()  # as a loss does that ignores padding
+    (padded,) = capture.pop().values()
+    model(x[mask.bool()]).square().mean().backward()
+    (real,) = capture.pop().values()
+    torch.testing.assert_close(padded.both, real.both, **EXACT)
+    assert padded.n == real.n == 5
+    model(x)[mask.bool()].square().mean().backward()  # the mask is gone after pop: padding counts again
+    (counted,) = capture.pop().values()
+    assert counted.n == 8 and not torch.allclose(counted.uu, real.uu)
+    torch.testing.assert_close(counted.dd, real.dd, **EXACT)
+
+
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_checkpointing_counts_once(reentrant):
     model, capture = layer()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from curvopt import GritKFAC
+from curvopt import GritKFAC, MatryoshkaScaledAdam
 
 
 @dataclass
@@ -27,7 +27,10 @@ class Case:
         return self.cls(params, **{**({"lr": 1e-2} if self.adamw_like else {}), **self.kwargs, **kwargs})
 
 
-CASES = [Case(GritKFAC, {"inverse_every": 3})]
+CASES = [
+    Case(GritKFAC, {"inverse_every": 3}),
+    Case(MatryoshkaScaledAdam),
+]
 
 optimizers = pytest.mark.parametrize("make", CASES, ids=lambda case: case.cls.__name__)
 HYPER = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-7, "weight_decay": 0.1}

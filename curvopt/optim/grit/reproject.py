@@ -10,7 +10,7 @@ from curvopt.functional.inverse import eigenbasis, normalised
 from curvopt.functional.truncate import truncate_
 from curvopt.lora import LoraPair
 from curvopt.ops import Ops
-from curvopt.optim.matrices import MATRICES, make
+from curvopt.optim.grit.matrices import MATRICES, make
 from curvopt.optim.stacks import Side, Stack
 
 # rows of u and d before the published code lets d have a basis of its own
@@ -64,11 +64,11 @@ def _transform(
     M_grad = torch.stack([maps.get(s, (eye, eye))[1] for s in stack.sides])
     state, k = stack.state, stack.state["rank"]
 
-    X = truncate_(left(M, torch.stack(stack.matrices).to(wide), stack.rank_dim), k, stack.rank_dim)
+    X = truncate_(left(M, stack.weights().to(wide), stack.rank_dim), k, stack.rank_dim)
     if stack.group["rank_threshold"] is not None and any(s in lifted for s in stack.sides):
         up = torch.stack([lifted.get(s, torch.zeros((), dtype=torch.bool, device=k.device)) for s in stack.sides])
         X = _seed_rows(X, k, up, stack)
-    torch._foreach_copy_(stack.matrices, X.unbind())
+    stack.assign(X)
 
     M_factor = M_grad if stack.group["sides"] == "kfac" else M
     alive = live_rows(k, stack.r)
@@ -95,10 +95,13 @@ def _seed_rows(X: Tensor, k: Tensor, lifted: Tensor, stack: Stack) -> Tensor:
     """
     rows = X if stack.rank_dim == 1 else X.mT
     generator = torch.Generator(X.device).manual_seed(stack.group["clock"])
-    noise = torch.randn(rows.shape[0], rows.shape[2], dtype=X.dtype, device=X.device, generator=generator)
+    noise = torch.randn(rows.shape[0], stack.width, dtype=X.dtype, device=X.device, generator=generator)
     index = torch.arange(rows.shape[1], device=X.device)
-    before = torch.where((index == k[:, None] - 2)[:, :, None], rows, 0.0).sum(1)
-    noise = noise * (torch.linalg.vector_norm(before, dim=1) / torch.linalg.vector_norm(noise, dim=1))[:, None]
+    before = torch.where((index == k[:, None] - 2)[:, :, None], rows, 0.0).sum(1).square().sum(1)
+    if stack.shards is not None:
+        stack.shards.sum_(before)
+    noise = noise * (before.sqrt() / torch.linalg.vector_norm(noise, dim=1))[:, None]
+    noise = noise if stack.shards is None else stack.shards.columns(noise)
     at = (index == k[:, None] - 1) & lifted[:, None]
     rows = torch.where(at[:, :, None], noise[:, None, :], rows)
     return rows if stack.rank_dim == 1 else rows.mT
@@ -109,6 +112,7 @@ def published(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) ->
 
     The number of directions kept is noted in the state as ``kept``.
     """
+    maps: dict[Side, Tensor] = {}
     for pairs in _buckets(stacks):
         a = [places[0] for places in pairs.values()]
         g, r = a[0][0].group, a[0][0].r
@@ -124,10 +128,13 @@ def published(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) ->
         P_a, P_g = torch.where(keep, P_a, eye), torch.where(keep, P_g, eye)
         for i, places in enumerate(pairs.values()):
             for (stack, j), P in zip(places, (P_a[i], P_g[i]), strict=True):
-                X = stack.matrices[j]
-                X.copy_(left(P[None], X[None].to(P.dtype), stack.rank_dim)[0])
+                maps[stack.sides[j]] = P
                 kept = stack.state["kept"][j]
                 kept.copy_(torch.where(keep[i].squeeze(), k[i], kept))
+    for stack in stacks:
+        eye = torch.eye(stack.r, dtype=stack.compute_dtype, device=stack.device)
+        P = torch.stack([maps.get(side, eye) for side in stack.sides])
+        stack.assign(left(P, stack.weights().to(P.dtype), stack.rank_dim))
 
 
 def _buckets(stacks: Sequence[Stack]) -> list[dict[LoraPair, tuple[Place, Place]]]:

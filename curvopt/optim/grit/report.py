@@ -10,8 +10,9 @@ from curvopt.functional.inverse import broken, empty, normalised
 from curvopt.functional.ranks import entropy_rank
 from curvopt.lora import LoraPair, find_skipped
 from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.grit.statistics import source
+from curvopt.optim.grit.traffic import bytes_sent
 from curvopt.optim.stacks import Side
-from curvopt.optim.statistics import source
 
 
 def live_rank(optimizer: RankSpaceOptimizer, pair: LoraPair) -> int:
@@ -28,8 +29,8 @@ def diagnose(optimizer: RankSpaceOptimizer) -> dict[str, Any]:
     Keys: ``steps`` (calls of ``step``), ``skipped_updates`` (of those, how many changed nothing), ``backend``,
     ``fallbacks`` (ops that CUDA tensors had to take from the reference),
     ``silent`` (pairs whose hook never fired though they had gradients), ``idle`` (pairs that never had a gradient),
-    ``skipped_layers`` (layers that look like adapters but are not plain pairs, with the reason), and ``pairs``:
-    by name
+    ``skipped_layers`` (layers that look like adapters but are not plain pairs, with the reason), ``bytes_sent`` (to
+    other processes by this one, by occasion; see `traffic.bytes_sent`), and ``pairs``: by name
 
     - ``rank``, ``full_rank``: live directions and rank of the tensors; ``kept``: GRIT's published projection's k;
     - ``statistics``: what it is observed by, ``note``: why not by activations; ``rows``: rows (tokens) seen;
@@ -53,6 +54,7 @@ def diagnose(optimizer: RankSpaceOptimizer) -> dict[str, Any]:
         "fallbacks": sorted(optimizer._ops.fallbacks),
         "silent": silent,
         "idle": [p.name for p, sides in known.items() if not sides],
+        "bytes_sent": bytes_sent(optimizer),
         "skipped_layers": [] if model is None else find_skipped(model),
         "pairs": {pair.name: _pair(optimizer, pair, sides) for pair, sides in known.items()},
     }
@@ -74,7 +76,7 @@ def _pair(optimizer: RankSpaceOptimizer, pair: LoraPair, sides: list[Side]) -> d
     out["kept"] = [int(s["kept"]) for s in states.values() if "kept" in s][:1]
     k = torch.tensor([out["rank"]])
     for side in sides:
-        out[side.name] = _factor(states[side.name]["factor"].cpu()[None], group["damping"], k, group["update"])
+        out[side.name] = _factor(states[side.name]["factor"].cpu()[None], float(group["damping"]), k, group["update"])
     if len(sides) == 2:
         factors = {s.moment(): states[s.name]["factor"].cpu()[None] for s in sides}
         sigma2 = balanced(factors["u"], factors["d"], k=k).sigma.square()

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from curvopt.functional.update import Slab
 from curvopt.lora import resize_pair
-from curvopt.optim import matrices, report, reproject, settings
+from curvopt.lora.resize import check_resize
 from curvopt.optim.base import RankSpaceOptimizer
-from curvopt.optim.matrices import MATRICES
+from curvopt.optim.grit import matrices, report, reproject, settings
+from curvopt.optim.grit.matrices import MATRICES
+from curvopt.optim.grit.statistics import Observer
 from curvopt.optim.stacks import Stack, sliced
-from curvopt.optim.statistics import Observer
 
 T = TypeVar("T", bound="GritKFAC")
 
@@ -42,7 +43,8 @@ class GritKFAC(RankSpaceOptimizer):
             ``"paper"``: the other way round, as GRIT publishes it.
         update: ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`. The moments
             live in the rule's coordinates, so it stays what it was at the first step.
-        damping: λ > 0, relative to the mean eigenvalue. Unused by ``"eigen"``, whose basis it would not change.
+        damping: λ > 0, relative to the mean eigenvalue; a 0-d tensor is allowed. Unused by
+            ``"eigen"``, whose basis it would not change.
         factor_decay: EMA decay β in [0, 1], bias-corrected; 1 is GRIT's running mean that never forgets.
         factor_every: steps between observations; the hooks are idle in between.
         inverse_every: steps between new matrices.
@@ -56,7 +58,9 @@ class GritKFAC(RankSpaceOptimizer):
         backend: ``"auto"``, ``"torch"`` or ``"triton"``; see `curvopt.ops`.
         require_pairs: raise when no pair is found; otherwise everything gets AdamW.
         maximize: ascend.
-        capturable: keep all of a step on the device (it is anyway; kept for torch's signature).
+        capturable: steps may be captured in a CUDA graph, after one or more eager ones and with gradients that stay in
+            place. A replay repeats what the captured step did: give ``lr`` (and ``damping``) as tensors, and capture a
+            step with matrices and one without, or take both cadences as 1. Reprojection needs eager steps.
         process_group: processes to sum the statistics over; None for the default group, if there is one.
         model: the module to search when ``params`` are groups of tensors.
 
@@ -86,7 +90,7 @@ class GritKFAC(RankSpaceOptimizer):
         statistics: str = "activation",
         sides: str = "kfac",
         update: str = "eigen",
-        damping: float = 0.1,
+        damping: float | Tensor = 0.1,
         factor_decay: float = 0.95,
         factor_every: int = 1,
         inverse_every: int = 10,
@@ -137,13 +141,14 @@ class GritKFAC(RankSpaceOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns what ``closure`` returned, if given."""
+        self._check_capture()
         loss = self._evaluate(closure)
         stacks, others = self._gather()  # live matrices by shape, their gradients stacked
         found_inf = self._found_inf(stacks, others)
         for group in self.param_groups:
             group["clock"] += 1
         scale = getattr(self, "grad_scale", None)
-        self._observer.observe(_due(stacks, "factor_every"), found_inf, scale, self._ops)  # S ← S + w (zᵀz/N − S)
+        self._observer.observe(_due(stacks, "factor_every"), found_inf, scale)  # S ← S + w (zᵀz/N − S)
         matrices.refresh(_due(stacks, "inverse_every"), found_inf, self._ops)  # M ← f(Ŝ + λI)
         self._update(stacks, found_inf)  # p ← p (1 − lr·wd) + rule(M, ∇)
         self._update_others(others, found_inf)
@@ -164,7 +169,7 @@ class GritKFAC(RankSpaceOptimizer):
             self._ops(f"{rule}_update", slabs, found_inf[device])
         for stack in stacks:
             stack.state["skipped"].add_(found_inf[stack.device])
-            stack.release_grads()
+            stack.finish(found_inf[stack.device])
 
     def _reproject(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
         """Change the basis, and with it the rank, as each group asks."""
@@ -187,12 +192,16 @@ class GritKFAC(RankSpaceOptimizer):
         ΔW is unchanged: what is cut is exactly zero. Parameters keep their identity, with new ``.data`` and no
         ``.grad``; wrappers that hold views of them (DDP, FSDP) must be built anew. PEFT's r, scaling, rank_pattern
         and alpha_pattern are kept true, so the model saves and loads as usual.
+
+        Raises:
+            ValueError: a pair cannot be resized, for instance because it is sharded; nothing has changed then.
         """
         live = self.ranks()
-        for pair in self._pairs:
+        smaller = [pair for pair in self._pairs if live[pair.name] != pair.rank]
+        for pair in smaller:
+            check_resize(pair, live[pair.name])
+        for pair in smaller:
             k = live[pair.name]
-            if k == pair.rank:
-                continue
             sides = [s for s in self._sides if s.pair is pair]
             states = [sliced(s, self.state[s.param], k) for s in sides]
             resize_pair(pair, k)
@@ -204,6 +213,18 @@ class GritKFAC(RankSpaceOptimizer):
     def diagnostics(self) -> dict[str, Any]:
         """Return what the optimizer knows of itself; reads the device. Keys are described in `report.diagnose`."""
         return report.diagnose(self)
+
+    def mask_rows(self, mask: Tensor | None) -> None:
+        """Say which rows of the coming forward passes are real, so that padding enters neither the sums nor N.
+
+        Call it before each forward, or from a forward pre-hook of the model; it holds until the next ``step`` or
+        ``zero_grad``. Layers that see another number of rows count all of theirs.
+
+        Args:
+            mask: as many numbers as the layers see rows (the attention mask ``(batch, length)``, say), 1 for a real
+                row and 0 for padding; weights between are allowed. None for all rows.
+        """
+        self._observer.capture.mask = None if mask is None else mask.reshape(-1).float()
 
     def remove_hooks(self) -> None:
         """Remove the hooks from the model. Factors then stay as they are; the optimizer goes on working."""
@@ -230,7 +251,7 @@ class GritKFAC(RankSpaceOptimizer):
     def _index_pairs(self) -> None:
         self._release()
         super()._index_pairs()
-        self._observer = Observer(self._sides, self._pairs, self._process_group)
+        self._observer = Observer(self._sides, self._pairs, self._process_group, self._ops)
 
     def _small_state(self, stack: Stack) -> dict[str, Tensor]:
         r, device = stack.r, stack.device

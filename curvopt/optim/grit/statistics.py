@@ -1,5 +1,6 @@
 """What a step observes of S_u and S_d: three sources, one form, into one average."""
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvopt.distributed import all_reduce_sums, world_size
+from curvopt.distributed import all_reduce_grams, world_size
 from curvopt.functional import compute_dtype
 from curvopt.lora import Capture, LoraPair
 from curvopt.ops import Ops
@@ -25,12 +26,14 @@ class Observer:
         sides: the optimizer's sides.
         pairs: their pairs, in an order that every process shares.
         process_group: processes to sum over.
+        ops: the optimizer's ops.
     """
 
     def __init__(
-        self, sides: Sequence[Side], pairs: Sequence[LoraPair], process_group: dist.ProcessGroup | None
+        self, sides: Sequence[Side], pairs: Sequence[LoraPair], process_group: dist.ProcessGroup | None, ops: Ops
     ) -> None:
-        self.capture = Capture(pairs)
+        self.capture = Capture(pairs, ops, static=any(s.group["capturable"] for s in sides))
+        self._ops = ops
         self._sides = list(sides)
         self._process_group = process_group
         self._warned = False
@@ -45,7 +48,7 @@ class Observer:
         )
 
     def observe(
-        self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor], grad_scale: Tensor | None, ops: Ops
+        self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor], grad_scale: Tensor | None
     ) -> None:
         """Take this step's S_u and S_d into the factors of ``stacks``: S ← S + w (zᵀz/N − S)."""
         by_source: dict[str, list[Stack]] = {"activation": [], "gradient": [], "weight": []}
@@ -57,11 +60,11 @@ class Observer:
         for stack, (S_new, rows) in zip([s for group in by_source.values() for s in group], observed, strict=True):
             state, g = stack.state, stack.group
             decay = 0.0 if g["statistics"] == "weight" else g["factor_decay"]
-            took = ops("ema_", state["factor"], S_new, state["observed"], decay, found_inf[stack.device])
+            took = self._ops("ema_", state["factor"], S_new, state["observed"], decay, found_inf[stack.device])
             state["rows"].add_(torch.where(took, rows, 0.0))
 
     def _seen(self, stacks: Sequence[Stack]) -> dict[LoraPair, tuple[Tensor, Any]]:
-        """Return Σ zᵀz and N of each pair of ``stacks`` that any process saw since the last step."""
+        """Return Σ uᵀu and Σ dᵀd and N of each pair of ``stacks`` that any process saw since the last step."""
         live = {side.pair for s in stacks for side in s.sides}
         if not live:
             return {}
@@ -69,11 +72,10 @@ class Observer:
         pairs = [p for p in self.capture.pairs if p in live]
         self._warn([p.name for p in pairs if p not in sums and not self.capture.fired[p]])
         if world_size(self._process_group) == 1:
-            return {p: (sums[p].total, float(sums[p].n)) for p in pairs if p in sums}
-        totals = [sums[p].total if p in sums else _zeros(p) for p in pairs]
-        n = torch.tensor([float(sums[p].n) if p in sums else 0.0 for p in pairs], dtype=torch.float64)
-        n = n.to(totals[0].device)
-        all_reduce_sums([n, *totals], self._process_group)
+            return {p: (sums[p].both, sums[p].n) for p in pairs if p in sums}
+        totals = [sums[p].both if p in sums else _zeros(p) for p in pairs]
+        n = _column([sums[p].n if p in sums else 0 for p in pairs], totals[0].device)
+        n = all_reduce_grams(totals, self._process_group, n)
         rows = torch.where(n > 0, n, torch.nan).unbind()
         return dict(zip(pairs, zip(totals, rows, strict=True), strict=True))
 
@@ -108,39 +110,46 @@ def from_activations(
 
     Args:
         stacks: what to observe.
-        seen: Σ zᵀz ``[2r, 2r]`` of z = (u, d) and N by pair.
+        seen: Σ uᵀu and Σ dᵀd ``[2, r, r]`` and N by pair.
         grad_scale: the loss scale, or None.
         world: W, the number of processes whose sums are in.
     """
     observed = []
     for stack in stacks:
         r, device = stack.r, stack.device
-        nothing = (torch.full((2 * r, 2 * r), torch.nan, dtype=stack.compute_dtype, device=device), torch.nan)
+        nothing = (torch.full((2, r, r), torch.nan, dtype=stack.compute_dtype, device=device), torch.nan)
         found = [seen.get(s.pair, nothing) for s in stack.sides]
-        Z, n = torch.stack([total for total, _ in found]), _column([n for _, n in found], device)
-        if stack.sides[0].moment() == "u":
-            S = Z[:, :r, :r] / n[:, None, None]
+        side, n = "ud".index(stack.sides[0].moment()), _column([n for _, n in found], device)
+        S = torch.stack([both[side] for both, _ in found])
+        if side == 0:
+            S = S / n[:, None, None]
         else:
             unscale = 1.0 if grad_scale is None else grad_scale.to(device).double().square()
-            S = Z[:, r:, r:] * (n / (unscale * world**2))[:, None, None]
+            S = S * (n / (unscale * world**2))[:, None, None]
         observed.append((S.to(stack.compute_dtype), n))
     return observed
 
 
 def from_gradients(stacks: Sequence[Stack]) -> list[Observation]:
     """S_u → ∇Bᵀ∇B and S_d → ∇A∇Aᵀ: Shampoo's statistics restricted to the rank side. One row a step."""
-    return _grams(stacks, [s.grads for s in stacks], {"A": "d", "B": "u"})
+    return _grams(stacks, [s.stacked_grads for s in stacks], {"A": "d", "B": "u"})
 
 
 def from_weights(stacks: Sequence[Stack]) -> list[Observation]:
     """S_u → A Aᵀ and S_d → BᵀB: Riemannian preconditioned LoRA (arXiv 2402.02347). One row a step."""
-    return _grams(stacks, [torch.stack(s.matrices).to(s.grads.dtype) for s in stacks], {"A": "u", "B": "d"})
+    return _grams(stacks, [s.weights().to(s.compute_dtype) for s in stacks], {"A": "u", "B": "d"})
 
 
 def _grams(stacks: Sequence[Stack], matrices: Sequence[Tensor], which: dict[str, str]) -> list[Observation]:
     found: dict[tuple[LoraPair, str], Tensor] = {}
-    for stack, X in zip(stacks, matrices, strict=True):
-        G = X @ X.mT if stack.rank_dim == 1 else X.mT @ X
+    grams = [X @ X.mT if s.rank_dim == 1 else X.mT @ X for s, X in zip(stacks, matrices, strict=True)]
+    shared: dict[Any, list[Tensor]] = {}
+    for stack, G in zip(stacks, grams, strict=True):
+        if stack.shards is not None and stack.shards.group is not None:
+            shared.setdefault(stack.shards.group, []).append(G)  # a sum over the rows that this process holds
+    for group, pieces in shared.items():
+        all_reduce_grams(pieces, group)
+    for stack, G in zip(stacks, grams, strict=True):
         found |= {(s.pair, which[s.name]): S for s, S in zip(stack.sides, G.unbind(), strict=True)}
     observed = []
     for stack in stacks:
@@ -151,13 +160,18 @@ def _grams(stacks: Sequence[Stack], matrices: Sequence[Tensor], which: dict[str,
 
 
 def _column(numbers: list[Any], device: torch.device) -> Tensor:
-    """Return numbers, or 0-d tensors, as one float64 tensor."""
-    if any(isinstance(n, Tensor) for n in numbers):
-        return torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
-    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+    """Return numbers, or 0-d tensors, as one float64 tensor, made on the device: an upload cannot be captured."""
+    pieces = []
+    for number, run in itertools.groupby(numbers, lambda n: (id(n),) if isinstance(n, Tensor) else n):
+        first, *others = run
+        if isinstance(first, Tensor):
+            pieces.append(first.to(device, torch.float64).expand(1 + len(others)))
+        else:
+            pieces.append(torch.full((1 + len(others),), number, dtype=torch.float64, device=device))
+    return torch.cat(pieces)
 
 
 def _zeros(pair: LoraPair) -> Tensor:
     """Return the sums of a pair that this process did not see."""
     A = pair.A
-    return torch.zeros(2 * pair.rank, 2 * pair.rank, dtype=compute_dtype(A.dtype), device=A.device)
+    return torch.zeros(2, pair.rank, pair.rank, dtype=compute_dtype(A.dtype), device=A.device)

@@ -1,0 +1,224 @@
+"""One run for every rank, against a run per rank: loss and token accuracy by rank on the demo's task, AURAC, time.
+
+Contestants, with the same seeds and batches: ``LoRA per rank`` (AdamW, a run for each rank), ``DyLoRA`` and
+``MatryoshkaScaledAdam`` (plain modules, this package), and ``MatryoshkaLoRA`` as it is published: modules that compute
+B P A, under AdamW. At rank ρ all compute s(ρ) B[:, :ρ] A[:ρ], but for ``P kept``: B[:, :ρ] (P A)[:ρ]. Every run is at
+the learning rates given; per contestant the one with the best mean accuracy over ranks and seeds is reported. Writes
+results/nested.csv (one row per run and rank) and results/nested.png.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, Row, read_csv, rounded, stamp, table, write_csv
+from torch import Tensor, nn
+from torch.nn import functional as fn
+
+from curvopt import MatryoshkaScaledAdam
+from curvopt.analysis import aurac, plot_aurac
+from curvopt.demo import task as demo_task
+from curvopt.functional.nested import diagonal, sampled_diagonal
+
+KEPT = "MatryoshkaScaledAdam, P kept"
+CONTESTANTS = ("LoRA per rank", "DyLoRA", "MatryoshkaLoRA", "MatryoshkaScaledAdam", KEPT)
+CSV, PNG = RESULTS / "nested.csv", RESULTS / "nested.png"
+KEY = ("optimizer", "lr", "seed")
+
+
+class Explicit(nn.Module):
+    """The published forward: the base layer and B P A, with P in the computation."""
+
+    def __init__(self, layer: nn.Module, P: Sequence[float]) -> None:
+        super().__init__()
+        self.base = layer.base_layer
+        self.A = nn.Parameter(layer.lora_A["default"].weight.detach().clone())
+        self.B = nn.Parameter(layer.lora_B["default"].weight.detach().clone())
+        self.register_buffer("P", torch.tensor(P))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + B P A x."""
+        return self.base(x) + fn.linear(fn.linear(x, self.A) * self.P, self.B)
+
+
+def explicit(model: nn.Module, ranks: Sequence[int], scale: str) -> list[Explicit]:
+    """Replace a PEFT model's adapted layers by the published ones, and return these."""
+    P, made = diagonal(ranks, ranks[-1], scale), []
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "lora_A"):
+            made.append(Explicit(layer, P))
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, made[-1])
+    return made
+
+
+@contextmanager
+def explicit_rank(layers: Sequence[Explicit], rank: int, scale: str) -> Iterator[None]:
+    """Let the published layers compute at one rank."""
+    held = [layer.P.clone() for layer in layers]
+    for layer in layers:
+        layer.P.copy_(torch.tensor(sampled_diagonal(rank, len(layer.P), scale)))
+    yield
+    for layer, P in zip(layers, held, strict=True):
+        layer.P.copy_(P)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, tokens: Tensor, length: int, windows: int) -> tuple[float, float]:
+    """Return mean next-token loss (nats) and accuracy over evenly spaced windows."""
+    starts = torch.linspace(0, len(tokens) - length, windows, dtype=torch.float64).long()
+    loss, hits, count = 0.0, 0.0, 0
+    model.eval()
+    for some in starts.split(32):
+        x = tokens[some[:, None] + torch.arange(length)].long()
+        logits, y = model(input_ids=x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()
+        loss += fn.cross_entropy(logits, y, reduction="sum").item()
+        hits += (logits.argmax(-1) == y).sum().item()
+        count += y.numel()
+    model.train()
+    return loss / count, hits / count
+
+
+def train(model: nn.Module, optimizer: Any, domains: Any, seed: int, args: argparse.Namespace) -> Row:
+    """Fine-tune with linear decay to zero; return wall seconds, and medians of a whole step and of ``step()``."""
+    whole, own = [], []
+    peak = optimizer.param_groups[0]["lr"]
+    model.train()
+    begin = time.perf_counter()
+    for i, x in enumerate(demo_task.batches(domains.topics, args.batch, args.length, args.steps, seed)):
+        start = time.perf_counter()
+        for g in optimizer.param_groups:
+            g["lr"] = peak * (1 - i / args.steps)
+        optimizer.zero_grad()
+        model(input_ids=x, labels=x).loss.backward()
+        middle = time.perf_counter()
+        optimizer.step()
+        end = time.perf_counter()
+        whole.append(1e3 * (end - start))
+        own.append(1e3 * (end - middle))
+    return {
+        "seconds": time.perf_counter() - begin,
+        "loop_ms": statistics.median(whole),
+        "step_ms": statistics.median(own),
+    }
+
+
+def run(name: str, lr: float, seed: int, domains: Any, base: nn.Module, args: argparse.Namespace) -> list[Row]:
+    """Train one contestant and measure it at every rank; a row for each rank."""
+    top, ranks = args.ranks[-1], args.ranks
+    rows = []
+    for r in ranks if name == "LoRA per rank" else [top]:
+        model = demo_task.lora_model(base, r, seed)
+        layers = explicit(model, ranks, args.scale) if name == "MatryoshkaLoRA" else []
+        if name in ("DyLoRA", "MatryoshkaScaledAdam", KEPT):
+            nesting = "dylora" if name == "DyLoRA" else "matryoshka"
+            optimizer: Any = MatryoshkaScaledAdam(model, lr=lr, ranks=ranks, scale=args.scale, nesting=nesting)
+        else:
+            adapters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=0.0)
+        spent = train(model, optimizer, domains, seed, args)
+        for rank in [r] if name == "LoRA per rank" else ranks:
+            at = nullcontext()
+            if layers:
+                at = explicit_rank(layers, rank, args.scale)
+            elif isinstance(optimizer, MatryoshkaScaledAdam):
+                at = optimizer.truncated(rank, keep_P=name == KEPT)
+            with at:
+                loss, accuracy = measure(model, domains.topics, args.length, args.windows)
+                held_loss, held_accuracy = measure(model, domains.topics_heldout, args.length, args.windows)
+            rows.append({"optimizer": name, "lr": lr, "seed": seed, "rank": rank, "loss": loss, "accuracy": accuracy,
+                         "heldout_loss": held_loss, "heldout_accuracy": held_accuracy, "scale": args.scale,
+                         "steps": args.steps, "batch": args.batch, "length": args.length, **spent})  # fmt: skip
+    return rows
+
+
+def best(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return each contestant's rows at its learning rate of the best mean accuracy."""
+    chosen = {}
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        own = [row for row in rows if row["optimizer"] == name]
+        by_lr = {row["lr"]: [other for other in own if other["lr"] == row["lr"]] for row in own}
+        chosen[name] = max(by_lr.values(), key=lambda some: statistics.fmean(row["accuracy"] for row in some))
+    return chosen
+
+
+def curve(rows: Sequence[Row], key: str) -> dict[int, list[float]]:
+    """Return {rank: one value per seed}."""
+    return {rank: [r[key] for r in rows if r["rank"] == rank] for rank in sorted({row["rank"] for row in rows})}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
+
+
+def areas(rows: Sequence[Row], scale: str, key: str = "accuracy") -> list[float]:
+    """Return the AURAC of each seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    curves = [{row["rank"]: row[key] for row in rows if row["seed"] == seed} for seed in seeds]
+    return [aurac([c[k] for k in sorted(c)], sorted(c), scale=scale) for c in curves]
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Return a line per contestant: accuracy by rank, AURAC, wall time of all its runs, time of its step."""
+    lines = []
+    for name, own in best(rows).items():
+        runs = {(row["seed"], row["seconds"]): row for row in own}.values()
+        seeds = len({row["seed"] for row in own})
+        lines.append(
+            {"optimizer": name, "lr": own[0]["lr"], "seeds": seeds}
+            | {f"accuracy r={k}": spread(v) for k, v in curve(own, "accuracy").items()}
+            | {f"loss r={k}": spread(v) for k, v in curve(own, "loss").items()}
+            | {f"AURAC {scale}": spread(areas(own, scale)) for scale in ("linear", "log2")}
+            | {"AURAC linear, held out": spread(areas(own, "linear", "heldout_accuracy"))}
+            | {"seconds for all ranks": round(sum(row["seconds"] for row in runs) / seeds, 1)}
+            | {key: round(statistics.median(row[key] for row in runs), 2) for key in ("loop_ms", "step_ms")}
+        )
+    return lines
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw accuracy over rank, mean and range of the seeds."""
+    curves: Mapping[str, Any] = {name: curve(own, "accuracy") for name, own in best(rows).items()}
+    plot_aurac(curves, label="token accuracy on the fine-tuning text").savefig(path)
+
+
+def main() -> None:
+    """Run the grid, print the summary, write the CSV and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--optimizers", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--scale", default="none")
+    parser.add_argument("--out", type=Path, default=CSV)
+    parser.add_argument("--append", action="store_true", help="keep the runs recorded that this grid does not repeat")
+    parser.add_argument("--replot", action="store_true", help="only the table and the plot of what is recorded")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[Row] = read_csv(args.out) if args.append or args.replot else []
+    if not args.replot:
+        domains = demo_task.load_text_domains()
+        base = demo_task.pretrained_model(domains=domains)
+        grid = [(name, lr, seed) for seed in range(args.seeds) for lr in args.lrs for name in args.optimizers]
+        rows = [row for row in rows if tuple(row[key] for key in KEY) not in grid]
+        for point in grid:
+            rows += [{**rounded(row), **stamp()} for row in run(*point, domains, base, args)]
+            print(rounded(rows[-1]), flush=True)
+            write_csv(args.out, rows)  # each time, so that an interrupted run is not lost
+    for line in summarise(rows):
+        print(table([{"": key, line["optimizer"]: value} for key, value in line.items() if key != "optimizer"]))
+    plot(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

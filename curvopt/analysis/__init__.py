@@ -1,0 +1,38 @@
+"""What a user looks at: doctor, spectra, drift, the law of forgetting, recording and plots.
+
+Importing this needs torch alone; the law needs scipy, the plots matplotlib, when they are called.
+"""
+
+from curvopt.analysis.aurac import aurac, plot_aurac
+from curvopt.analysis.core import observe
+from curvopt.analysis.doctor import doctor
+from curvopt.analysis.drift import Drift, drift
+from curvopt.analysis.findings import Finding, Report
+from curvopt.analysis.forgetting import ForgettingFit, Law, fit_forgetting_law
+from curvopt.analysis.plots import plot_forgetting, plot_frontier, plot_ranks, plot_spectra
+from curvopt.analysis.recorder import Recorder
+from curvopt.analysis.saved import inspect_saved
+from curvopt.analysis.spectra import Spectrum, effective_rank, spectra
+
+__all__ = [
+    "Drift",
+    "Finding",
+    "ForgettingFit",
+    "Law",
+    "Recorder",
+    "Report",
+    "Spectrum",
+    "aurac",
+    "doctor",
+    "drift",
+    "effective_rank",
+    "fit_forgetting_law",
+    "inspect_saved",
+    "observe",
+    "plot_aurac",
+    "plot_forgetting",
+    "plot_frontier",
+    "plot_ranks",
+    "plot_spectra",
+    "spectra",
+]

@@ -1,0 +1,1 @@
+"""Other libraries' loops. Each module imports its library when it is itself imported, never before."""

@@ -1,0 +1,155 @@
+"""transformers' Trainer: a callback that logs what the optimizer knows of itself, and a factory that builds it.
+
+.. code-block:: python
+
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=(OptimizerFactory, {"args": args}), ...)
+    CurvatureCallback(compact=True).install(trainer)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from curvopt import GritKFAC, find_lora_pairs
+
+
+class OptimizerFactory:
+    """Builds an optimizer from the model, as Trainer's ``optimizer_cls_and_kwargs`` wants it.
+
+    Trainer applies neither its learning rate nor its other optimizer arguments to a custom optimizer, and removes a
+    "model" entry from the kwargs it was given; a factory needs none, so the same kwargs serve again (``model_init``,
+    hyper-parameter search).
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: type[Optimizer] = GritKFAC,
+        args: TrainingArguments | None = None,
+        **kwargs: Any,
+    ) -> Optimizer:
+        """Return the optimizer of a model.
+
+        Weight decay acts on matrices: adapters and saved modules, but no biases and norms, as Trainer has it.
+
+        Args:
+            model: the model, before Trainer wraps it.
+            optimizer: the class; it is called with param groups and ``model=``.
+            args: where lr, betas, eps and weight decay come from if ``kwargs`` do not say.
+            kwargs: the optimizer's arguments.
+        """
+        if args is not None:
+            betas = (args.adam_beta1, args.adam_beta2)
+            said = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+            kwargs = {**said, "weight_decay": args.weight_decay, **kwargs}
+        adapted = {p for pair in find_lora_pairs(model, kwargs.get("adapter")) for p in (pair.A, pair.B)}
+        params = [p for p in model.parameters() if p.requires_grad or p in adapted]
+        if not kwargs.get("weight_decay"):
+            return optimizer(params, model=model, **kwargs)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in params if p.ndim >= 2]},
+            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return optimizer([g for g in groups if g["params"]], model=model, **kwargs)
+
+
+class CurvatureCallback(TrainerCallback):
+    """Logs ranks, spectra and skipped updates beside Trainer's own numbers; compacts at the end if asked.
+
+    With every log come ``curvopt/mean_rank``, ``min_rank``, ``max_rank``, ``kept_share`` (directions kept, of all
+    that the adapters began with), ``effective_rank`` (mean of exp of the entropy of σ²) and ``skipped_updates``;
+    they are also in ``trainer.state.log_history``.
+
+    Args:
+        compact: at the end of training slice every adapter to its live rank, so that ``save_model`` saves it small.
+        path: where `curvopt.analysis.Recorder` keeps a record by pair, written by the first process; None for none.
+        every: steps between two records.
+        prefix: what the names begin with.
+
+    Raises:
+        ValueError: ``compact`` with ``load_best_model_at_end``: the ranks at the end are not those of the best model.
+    """
+
+    def __init__(
+        self, *, compact: bool = False, path: str | Path | None = None, every: int = 50, prefix: str = "curvopt/"
+    ) -> None:
+        self.compact = compact
+        self.prefix = prefix
+        self._full: dict[str, int] = {}
+        self._recorder: Any = None
+        if path is not None:
+            from curvopt.analysis import Recorder
+
+            self._recorder = Recorder(path, every)
+
+    def install(self, trainer: Trainer) -> CurvatureCallback:
+        """Add this callback before the reporters, so that they see its numbers; return it."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse settings that cannot go together; remember the ranks."""
+        if self.compact and args.load_best_model_at_end:
+            raise ValueError(
+                "compact must be False with load_best_model_at_end=True, got True: "
+                "the ranks at the end are not those of the best model"
+            )
+        for pair in getattr(acting(kwargs["optimizer"]), "pairs", ()):
+            self._full.setdefault(pair.name, pair.rank)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Record the step."""
+        if self._recorder is not None and state.is_world_process_zero:
+            self._recorder.record(acting(kwargs["optimizer"]), step=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the numbers to the log entry and to the history."""
+        numbers = {self.prefix + name: value for name, value in self.summary(acting(kwargs["optimizer"])).items()}
+        if logs is not None:
+            logs.update(numbers)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(numbers)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compact the adapters if asked."""
+        optimizer = acting(kwargs["optimizer"])
+        if self.compact and hasattr(optimizer, "compact"):
+            optimizer.compact()
+
+    def summary(self, optimizer: Any) -> dict[str, float]:
+        """Return the numbers that are logged; reads the device."""
+        if not hasattr(optimizer, "diagnostics"):
+            return {}
+        report = optimizer.diagnostics()
+        pairs = report.get("pairs", {})
+        ranks = {name: pair["rank"] for name, pair in pairs.items() if "rank" in pair}
+        out: dict[str, float] = {"skipped_updates": report["skipped_updates"]} if "skipped_updates" in report else {}
+        if ranks:
+            full = sum(self._full.get(name, pairs[name]["full_rank"]) for name in ranks)
+            out |= {"mean_rank": sum(ranks.values()) / len(ranks), "kept_share": sum(ranks.values()) / full}
+            out |= {"min_rank": min(ranks.values()), "max_rank": max(ranks.values())}
+        effective = [pair["effective_rank"] for pair in pairs.values() if "effective_rank" in pair]
+        return out | ({"effective_rank": sum(effective) / len(effective)} if effective else {})
+
+
+def acting(optimizer: Any) -> Any:
+    """Return the optimizer inside Accelerate's wrapper, or the one that GoRAInit has handed over to."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return getattr(inner, "delegate", None) or inner

@@ -1,0 +1,96 @@
+"""What GoRAInit's arguments may be, group by group, and which adapters it can take."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from curvopt.functional.ranks import ALLOCATIONS, BUDGET_WEIGHTS
+from curvopt.lora import LoraPair
+from curvopt.lora.gradients import base_layer, layer_shape
+from curvopt.lora.resize import check_resize
+from curvopt.optim.base import check, is_number
+from curvopt.optim.gora.calibration import IMPORTANCES
+
+if TYPE_CHECKING:
+    from curvopt.optim.gora.optimizer import GoRAInit
+
+# one budget for all groups, so they must agree on everything but the learning rate
+SHARED = ("rank", "min_rank", "max_rank", "calibration_steps", "init_lr", "importance", "allocation", "budget_weight",
+          "convergence", "offload", "keep_scaling", "resize", "reset")  # fmt: skip
+
+
+def check_group(g: dict[str, Any]) -> None:
+    """Raise a ValueError for the first hyper-parameter out of range."""
+    lr, reference = g["lr"], g["reference_lr"]
+    check("lr", lr, is_number(lr) and (isinstance(lr, Tensor) or lr >= 0), "a number ≥ 0")
+    above = is_number(reference) and (isinstance(reference, Tensor) or reference > 0)
+    check("lr", reference, above, "a number > 0: it is what schedules are relative to")
+    choices = {"importance": IMPORTANCES, "allocation": ALLOCATIONS, "budget_weight": tuple(BUDGET_WEIGHTS)}
+    for name, allowed in choices.items():
+        check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
+    for name in ("rank", "min_rank", "max_rank", "calibration_steps"):
+        whole = isinstance(g[name], int) and not isinstance(g[name], bool)
+        check(name, g[name], whole and g[name] >= 1, "an integer ≥ 1")
+    check("min_rank", g["min_rank"], g["min_rank"] <= g["max_rank"], f"at most max_rank ({g['max_rank']})")
+    within = g["min_rank"] <= g["rank"] <= g["max_rank"]
+    check("rank", g["rank"], within, f"between min_rank ({g['min_rank']}) and max_rank ({g['max_rank']})")
+    init_lr = g["init_lr"]
+    check("init_lr", init_lr, init_lr == "auto" or (_plain(init_lr) and init_lr >= 0), "a number ≥ 0 or 'auto'")
+    limit = g["convergence"]
+    check("convergence", limit, limit is None or (_plain(limit) and limit > 0), "None or a number > 0")
+    for name in ("offload", "keep_scaling", "resize", "reset"):
+        check(name, g[name], isinstance(g[name], bool), "True or False")
+
+
+def _plain(value: Any) -> bool:
+    return is_number(value) and not isinstance(value, Tensor)
+
+
+def check_groups_agree(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise a ValueError where two groups differ in what there is one of."""
+    for name in SHARED:
+        for g in groups[1:]:
+            check(name, (groups[0][name], g[name]), groups[0][name] == g[name], "the same in all groups")
+
+
+def check_pairs(own: "GoRAInit", pairs: Sequence[LoraPair]) -> None:
+    """Raise a ValueError if some adapter cannot be calibrated, or their shapes do not allow the budget."""
+    g, model = own.param_groups[0], own._model
+    check("params", type(model).__name__, bool(pairs), "a model with a plain pair whose B is trainable")
+    wrapped = isinstance(model, DistributedDataParallel)
+    allowed = "False around DistributedDataParallel, which holds on to shapes; or calibrate first and wrap then"
+    check("resize", g["resize"], not (g["resize"] and wrapped), allowed)
+    for pair in pairs:
+        named = pair.module is not None or g["importance"] == "grad_b"
+        allowed = f"'grad_b' where parameters come without their model ({pair.name})"
+        check("importance", g["importance"], named, allowed)
+        seen = g["importance"] != "mean_abs" or base_layer(pair) is not None
+        allowed = f"'frobenius', 'nuclear' or 'grad_b' where no base weight is found ({pair.name})"
+        check("importance", g["importance"], seen, allowed)
+        if g["resize"]:
+            check_resize(pair, pair.rank)
+    if g["allocation"] == "exact":
+        own._allocate(list(pairs), [1.0] * len(pairs))
+
+
+def check_start(g: dict[str, Any], pairs: Sequence[LoraPair]) -> list[LoraPair]:
+    """Return the pairs whose B A is not zero; reads the device. ValueError if they must be zero, or are too small."""
+    for pair in pairs:
+        whole = not hasattr(pair.B, "full_tensor")
+        check(f"B of {pair.name}", type(pair.B).__name__, whole, "a plain tensor: calibrate before sharding")
+        kept = g["importance"] == "grad_b" or not g["resize"]
+        most = min(g["max_rank"], *layer_shape(pair))
+        allowed = f"at most the rank built if importance is 'grad_b' or resize is False ({pair.name}: {pair.rank})"
+        check("max_rank", g["max_rank"], not kept or most <= pair.rank, allowed)
+        check(f"scaling of {pair.name}", pair.scaling, pair.scaling != 0, "a number other than 0")
+    full = torch.stack([(pair.A.any() & pair.B.any()).to(pairs[0].B.device) for pair in pairs]).tolist()
+    changed = [pair for pair, both in zip(pairs, full, strict=True) if both]
+    if changed and not g["reset"]:
+        raise ValueError(
+            f"B must be zero when the calibration begins, but it is not in {len(changed)} pairs "
+            f"({', '.join(pair.name for pair in changed[:3])}); reset=True sets it to zero"
+        )
+    return changed

@@ -1,0 +1,75 @@
+"""One rank out of nested ranks: what the model computes for a while, and what is written as an adapter of its own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from curvopt.lora import LoraPair, export_adapter, find_lora_pairs
+from curvopt.optim.base import check
+from curvopt.optim.matryoshka.nests import Nest, scaled_rows
+
+if TYPE_CHECKING:
+    from curvopt.optim.matryoshka.optimizer import MatryoshkaScaledAdam
+
+
+def resolve(nests: Mapping[LoraPair, Nest], rank: Any, strict: bool) -> dict[LoraPair, int]:
+    """Return what ``rank`` means for every pair: itself, or the pair's own largest where that is smaller.
+
+    Raises:
+        ValueError: it is no rank of any pair, or, if ``strict``, one that was not trained.
+    """
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    trained = sorted({k for nest in nests.values() for k in nest.ranks})
+    most = max((trained if strict else [nest.pair.rank for nest in nests.values()]), default=0)
+    if strict:
+        fits = whole and 1 <= rank <= most and all(min(rank, n.ranks[-1]) in n.ranks for n in nests.values())
+        check("rank", rank, fits, f"one of the ranks trained, {trained} (strict=False takes others)")
+    check("rank", rank, whole and 1 <= rank <= most, f"an integer from 1 to {most}")
+    return {pair: min(rank, nest.ranks[-1] if strict else pair.rank) for pair, nest in nests.items()}
+
+
+@contextmanager
+def truncated(optimizer: "MatryoshkaScaledAdam", ranks: Mapping[LoraPair, int], keep_P: bool = False) -> Iterator[None]:
+    """Hold every pair of ``ranks`` at its rank; see `MatryoshkaScaledAdam.truncated`."""
+    held = {pair: pair.A.detach().clone() for pair in ranks}
+    outer = optimizer._whole
+    whole = optimizer._whole = held if outer is None else outer  # what the outermost context found
+    try:
+        with torch.no_grad():
+            for pair, rank in ranks.items():
+                nest, state = optimizer._nests[pair], optimizer.state.get(pair.A, {})
+                if "full" in state and state["step"] > 0:
+                    rows = scaled_rows(state["full"], nest.prefix(rank, full=True), pair.dim_A)
+                    pair.matrix("A", pair.A).copy_(rows)
+                else:
+                    factors = nest.prefix(rank, full=False)
+                    factors = tuple(float(f > 0) for f in factors) if keep_P else factors
+                    pair.A.copy_(scaled_rows(whole[pair], factors, pair.dim_A))
+        yield
+    finally:
+        with torch.no_grad():
+            for pair, A in held.items():
+                pair.A.copy_(A)
+        optimizer._whole = outer
+
+
+def export(
+    optimizer: "MatryoshkaScaledAdam",
+    model: Any,
+    path: str | Path,
+    ranks: Mapping[LoraPair, int],
+    pad_to: int | None,
+    keep_P: bool,
+) -> Path:
+    """Write ``model``'s adapter with every pair cut to its rank; see `MatryoshkaScaledAdam.export`."""
+    adapter = optimizer._adapter
+    chosen = getattr(model, "active_adapter", None) if adapter is None else adapter
+    pairs = find_lora_pairs(model, chosen) if isinstance(model, nn.Module) and isinstance(chosen, str) else []
+    own = {id(pair.A): rank for pair, rank in ranks.items()}
+    cut = {pair.name: own[id(pair.A)] for pair in pairs if id(pair.A) in own}
+    with truncated(optimizer, ranks, keep_P):
+        return export_adapter(model, path, adapter=adapter, ranks=cut, pad_to=pad_to)

@@ -1,0 +1,188 @@
+"""The Trainer callback and the factory."""
+
+import json
+import subprocess
+import sys
+
+import models
+import pytest
+import torch
+from loopkit_frameworks import arguments
+from transformers import Trainer, TrainerCallback
+
+from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
+from curvopt.integrations.transformers import CurvatureCallback, OptimizerFactory
+
+DATA = [{"input_ids": ids, "labels": ids} for i in range(8) for ids in models.llama_ids(i)]
+MOVING = {"lr": 1e-2, "reproject_every": 1, "rank_threshold": 0.6, "min_rank": 1}
+NAMES = {"mean_rank", "min_rank", "max_rank", "kept_share", "effective_rank", "skipped_updates"}
+
+
+def trainer(folder, model, **kwargs):
+    given = {key: kwargs.pop(key) for key in ("optimizer_cls_and_kwargs", "optimizers", "callbacks") if key in kwargs}
+    quiet = {"max_steps": 6, "per_device_train_batch_size": 2, "logging_strategy": "steps", "logging_steps": 2}
+    return Trainer(model, arguments(str(folder), **{**quiet, **kwargs}), train_dataset=DATA, **given)
+
+
+class Reporter(TrainerCallback):
+    """Stands for the reporters that Trainer itself puts first."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def run(folder, installed=True, **kwargs):
+    model = models.llama(r=6, start="random")
+    optimizer = GritKFAC(model, **MOVING)
+    reporter = Reporter()
+    done = trainer(folder, model, optimizers=(optimizer, None), callbacks=[reporter])
+    callback = CurvatureCallback(**kwargs)
+    if installed:
+        assert callback.install(done) is callback
+    else:
+        done.add_callback(callback)
+    return model, optimizer, reporter, done
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_numbers_are_logged_and_true(installed, tmp_path):
+    _, optimizer, reporter, done = run(tmp_path, installed)
+    done.train()
+    entries = [entry for entry in done.state.log_history if "loss" in entry]
+    assert len(entries) == 3 and all({f"curvopt/{name}" for name in NAMES} <= set(entry) for entry in entries)
+    last, ranks = entries[-1], optimizer.ranks()
+    assert last["curvopt/mean_rank"] == sum(ranks.values()) / len(ranks) < 6
+    assert last["curvopt/kept_share"] == pytest.approx(sum(ranks.values()) / (6 * len(ranks)))
+    assert (last["curvopt/min_rank"], last["curvopt/max_rank"]) == (min(ranks.values()), max(ranks.values()))
+    effective = [pair["effective_rank"] for pair in optimizer.diagnostics()["pairs"].values()]
+    assert last["curvopt/effective_rank"] == pytest.approx(sum(effective) / len(effective))
+    assert last["curvopt/skipped_updates"] == 0
+    # a callback added last comes after the reporters, hence `install`
+    assert all(("curvopt/mean_rank" in seen) == installed for seen in reporter.seen)
+
+
+def test_skipped_updates_are_logged(tmp_path):
+    model, optimizer, _, done = run(tmp_path)
+    spoil = model.base_model.model.lm_head.register_forward_hook(
+        lambda module, args, out: out * torch.nan if optimizer.param_groups[0]["clock"] == 3 else None
+    )
+    done.train()
+    spoil.remove()
+    assert [e["curvopt/skipped_updates"] for e in done.state.log_history if "loss" in e] == [0, 1, 1]
+
+
+def test_logging_changes_no_bit(tmp_path):
+    ends = []
+    for installed in (True, False):
+        model = models.llama(r=6, start="random")
+        optimizer = GritKFAC(model, **MOVING)
+        done = trainer(tmp_path, model, optimizers=(optimizer, None))
+        if installed:
+            CurvatureCallback().install(done)
+        done.train()
+        ends.append(models.snapshot(model, optimizer))
+    models.assert_same(*ends)
+
+
+def test_compaction_at_the_end(tmp_path):
+    _, optimizer, _, done = run(tmp_path, compact=True)
+    done.train()
+    shapes = {pair.name: pair.rank for pair in optimizer.pairs}
+    assert shapes == optimizer.ranks() and max(shapes.values()) < 6
+    kept = [e for e in done.state.log_history if "curvopt/kept_share" in e][-1]["curvopt/kept_share"]
+    assert kept == pytest.approx(sum(shapes.values()) / (6 * len(shapes)))
+
+
+def test_compaction_and_the_best_model_do_not_go_together(tmp_path):
+    model = models.llama(start="random")
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2,
+               "eval_steps": 2}  # fmt: skip
+    args = arguments(str(tmp_path), max_steps=2, **options)
+    done = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:2], optimizers=(GritKFAC(model), None),
+                   callbacks=[CurvatureCallback(compact=True)])  # fmt: skip
+    with pytest.raises(ValueError, match="compact must be False with load_best_model_at_end=True"):
+        done.train()
+
+
+def test_records_are_kept(tmp_path):
+    _, optimizer, _, done = run(tmp_path, path=tmp_path / "run.jsonl", every=2)
+    done.train()
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert set(lines[-1]["pairs"]) == set(optimizer.ranks())
+
+
+def test_the_numbers_of_what_gora_hands_over_to(tmp_path):
+    model = models.llama(r=6)
+    optimizer = GoRAInit(model, rank=4, min_rank=2, max_rank=6, calibration_steps=2,
+                         then=lambda m: GritKFAC(m, **MOVING))  # fmt: skip
+    done = trainer(tmp_path, model, optimizers=(optimizer, None))
+    CurvatureCallback(compact=True).install(done)
+    done.train()
+    first, *_, last = [entry for entry in done.state.log_history if "loss" in entry]
+    assert "curvopt/effective_rank" in last and "curvopt/effective_rank" not in first
+    assert optimizer.delegate.ranks() == {pair.name: pair.rank for pair in optimizer.pairs}
+
+
+def test_other_optimizers_are_left_in_peace(tmp_path):
+    model = models.llama(start="random")
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    done = trainer(tmp_path, model, optimizers=(adamw, None))
+    CurvatureCallback(compact=True).install(done)
+    done.train()
+    assert not any(key.startswith("curvopt/") for entry in done.state.log_history for key in entry)
+
+
+# ---------------------------------------------------------------------------------------------- the factory
+
+
+def test_the_factory_takes_the_trainer_s_arguments(tmp_path):
+    model = models.llama(start="random", modules_to_save=["norm", "lm_head"])
+    args = arguments(str(tmp_path), learning_rate=7e-3, adam_beta1=0.8, adam_epsilon=1e-7, weight_decay=0.1)
+    kwargs = {"args": args, "inverse_every": 3}
+    for _ in range(2):  # unlike a "model" entry, nothing is used up
+        done = Trainer(model, args, train_dataset=DATA, optimizer_cls_and_kwargs=(OptimizerFactory, kwargs))
+        optimizer = done.create_optimizer()
+    decays, plain = optimizer.param_groups
+    assert isinstance(optimizer, GritKFAC) and len(optimizer.pairs) == 14
+    assert decays["lr"] == 7e-3 and decays["betas"] == (0.8, 0.999) and decays["eps"] == 1e-7
+    assert (decays["weight_decay"], plain["weight_decay"]) == (0.1, 0.0) and decays["inverse_every"] == 3
+    assert {p.ndim for p in plain["params"]} == {1} and all(p.ndim >= 2 for p in decays["params"])
+    found = sum(len(g["params"]) for g in optimizer.param_groups)
+    assert found == sum(p.requires_grad for p in model.parameters()) == 28 + 1 + 5  # lm_head and five norms
+
+
+def test_what_is_said_outright_wins(tmp_path):
+    args = arguments(str(tmp_path), learning_rate=7e-3, weight_decay=0.1)
+    optimizer = OptimizerFactory()(models.llama(), args=args, lr=1e-3, weight_decay=0.0, update="adam")
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["update"]) == (1e-3, 0.0, "adam")
+
+
+def test_the_factory_builds_what_a_hand_would(tmp_path):
+    ends = []
+    for how in ("factory", "hand"):
+        model = models.llama(start="random")
+        kwargs = {"lr": 1e-2, "inverse_every": 2}
+        given = {"optimizer_cls_and_kwargs": (OptimizerFactory, kwargs)} if how == "factory" else {
+            "optimizers": (GritKFAC(model, **kwargs), None)
+        }  # fmt: skip
+        done = trainer(tmp_path, model, lr_scheduler_type="linear", **given)
+        done.train()
+        ends.append(models.snapshot(model, done.optimizer.optimizer))
+    models.assert_same(*ends)
+
+
+@pytest.mark.parametrize("cls", [MatryoshkaScaledAdam, GritKFAC])
+def test_the_factory_builds_other_classes(cls):
+    optimizer = OptimizerFactory()(models.llama(), optimizer=cls, lr=1e-3, weight_decay=0.1)
+    assert type(optimizer) is cls and len(optimizer.pairs) == 14 and len(optimizer.param_groups) == 1
+
+
+def test_importing_curvopt_does_not_import_transformers():
+    program = "import sys, curvopt, curvopt.integrations; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
