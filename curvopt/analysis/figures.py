@@ -25,6 +25,10 @@ def draw_law(
     for style, n in zip(["-", "--", ":", "-."] * len(N), np.unique(N), strict=False):
         axes.plot(grid, law.predict(n, grid, 0.0), color="#333333", ls=style, lw=1.2, label=f"plain law, N = {n:.3g}")
     axes.set(xscale="log", xlabel="fine-tuning tokens D", ylabel="rise of the pre-training loss")
+    sizes = np.unique(D)
+    if len(sizes) <= 6:  # else the labels would run into each other
+        axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+        axes.minorticks_off()
     axes.set_title("What is forgotten", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=7)

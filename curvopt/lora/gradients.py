@@ -145,7 +145,7 @@ class _Hook:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is not None:
             kept = _Keep.apply(torch.zeros((), device=output.device, requires_grad=True), x.detach())
-            output.register_hook(_on_gradient(weakref.ref(owner), weakref.ref(pair), [kept.grad_fn]))
+            output.register_hook(_on_gradient(weakref.ref(owner), weakref.ref(pair), [kept]))
 
 
 def _on_gradient(
@@ -157,7 +157,8 @@ def _on_gradient(
         watcher, key = owner(), pair()
         if g is None or watcher is None or key is None or not kept:
             return
-        (x,) = kept.pop().saved_tensors
+        token = kept.pop()  # its node lives as long as it does
+        (x,) = token.grad_fn.saved_tensors
         with torch.no_grad():
             watcher._add(key, x, g.detach())
 
