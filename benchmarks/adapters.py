@@ -4,50 +4,60 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from shapes import Shape
 from torch import Tensor, nn
 
 from curvopt import GritKFAC
 
-# one transformer block: (d_in, d_out) of its seven linears, in units chosen by --hidden and --intermediate
-PROJECTIONS = {"q": "hh", "k": "hh", "v": "hh", "o": "hh", "gate": "hi", "up": "hi", "down": "ih"}
+LR = 1e-4
 
 
 class Adapters(nn.Module):
-    """LoRA pairs of ``layers`` blocks on a frozen base that takes no memory; its forward is the adapters alone.
+    """LoRA pairs on a frozen base that takes no memory; the forward of the benchmark is the adapters alone.
 
     Args:
-        layers: number of blocks; seven pairs each.
-        hidden: hidden size.
-        intermediate: inner size of the feed-forward part.
+        shape: the linears.
         r: rank.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, layers: int, hidden: int, intermediate: int, r: int) -> None:
+    def __init__(self, shape: Shape, r: int, device: str = "cpu") -> None:
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
-        size = {"h": hidden, "i": intermediate}
+        names = [f"linear_{i}" for i in range(len(shape.linears))]
         blocks = nn.ModuleList(
-            nn.ModuleDict({name: _hollow(size[d[0]], size[d[1]]) for name, d in PROJECTIONS.items()})
-            for _ in range(layers)
+            nn.ModuleDict({name: _hollow(*d) for name, d in zip(names, shape.linears, strict=True)})
+            for _ in range(shape.blocks)
         )
-        config = LoraConfig(r=r, lora_alpha=r, target_modules=list(PROJECTIONS), init_lora_weights=False)
-        self.peft = get_peft_model(blocks, config)
+        config = LoraConfig(r=r, lora_alpha=r, target_modules=names, init_lora_weights=False)
+        self.r, self.device = r, device
+        self.peft = get_peft_model(blocks, config).to(device)
         self.lora = [m for m in self.peft.modules() if hasattr(m, "lora_A")]
         for p in self.trainable():
             p.data.normal_(std=0.02)
-            p.grad = torch.randn_like(p) * 1e-3
+        self.params = self.trainable()
+        self.grads = [torch.randn_like(p) * 1e-3 for p in self.params]
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Give every parameter its gradient, as a backward pass would: some optimizers change it in place."""
+        for p, g in zip(self.params, self.grads, strict=True):
+            if p.grad is None and p.requires_grad:
+                p.grad = torch.empty_like(g)
+            if p.grad is not None:
+                p.grad.copy_(g)
 
     def trainable(self) -> list[Tensor]:
         """Return the parameters that train."""
         return [p for p in self.peft.parameters() if p.requires_grad]
 
-    def observe(self, tokens: int = 32) -> None:
+    def observe(self, tokens: int = 8) -> None:
         """Send ``tokens`` rows forward and a gradient back through every pair, without touching ``.grad``."""
         losses = []
         for layer in self.lora:
             A, B = layer.lora_A["default"], layer.lora_B["default"]
-            losses.append(B(A(torch.randn(tokens, A.in_features))).square().mean())
+            losses.append(B(A(torch.randn(tokens, A.in_features, device=self.device))).square().mean())
         torch.autograd.grad(torch.stack(losses).sum(), self.trainable())
 
 
@@ -59,55 +69,83 @@ def _hollow(d_in: int, d_out: int) -> nn.Linear:
 
 
 Factory = Callable[[Adapters], torch.optim.Optimizer]
+BASELINE = "AdamW fused"
 
 
-def contestants(heavy: bool) -> dict[str, Factory]:
-    """Return the optimizers by name; ``heavy`` adds those with d×d blocks, which want few pairs."""
-    lr = 1e-4
-    all_: dict[str, Factory] = {
-        "AdamW fused": lambda m: torch.optim.AdamW(m.trainable(), lr=lr, fused=True),
-        "AdamW foreach": lambda m: torch.optim.AdamW(m.trainable(), lr=lr, foreach=True),
-        "AdamW": lambda m: torch.optim.AdamW(m.trainable(), lr=lr, foreach=False),
-        **{f"GritKFAC {rule}": _grit(lr, update=rule) for rule in ("eigen", "adam", "whiten", "momentum")},
-        "GritKFAC eigen, gradient": _grit(lr, statistics="gradient"),
-        "GritKFAC adam, weight": _grit(lr, statistics="weight", update="adam"),
-        "PEFT Riemannian AdamW": _riemannian(lr),
+def adamw(**options: Any) -> Factory:
+    """AdamW of torch with options."""
+    return lambda m: torch.optim.AdamW(m.trainable(), lr=LR, **options)
+
+
+def grit(**options: Any) -> Factory:
+    """GritKFAC with options."""
+    return lambda m: GritKFAC(m.peft, lr=LR, **options)
+
+
+def light() -> dict[str, Factory]:
+    """Return the optimizers whose state is that of the adapter and r×r, by name."""
+    found: dict[str, Factory] = {
+        BASELINE: adamw(fused=True),
+        "AdamW foreach": adamw(foreach=True),
+        **{f"GritKFAC {rule}": grit(update=rule) for rule in ("eigen", "adam", "whiten", "momentum")},
+        "GritKFAC eigen, gradient": grit(statistics="gradient"),
+        "GritKFAC eigen, weight": grit(statistics="weight"),
+        "GritKFAC adam, weight": grit(statistics="weight", update="adam"),
+        "PEFT Riemannian": _riemannian,
+        "PEFT LoRA-FA": _lora_fa,
+        "Muon": lambda m: torch.optim.Muon(m.trainable(), lr=LR, adjust_lr_fn="match_rms_adamw"),
     }
-    return {**all_, **_blockwise(lr)} if heavy else all_
+    try:
+        from curvopt import MatryoshkaScaledAdam
+    except ImportError:
+        return found
+    return {**found, "MatryoshkaScaledAdam": lambda m: MatryoshkaScaledAdam(m.peft, lr=LR)}
 
 
-def _grit(lr: float, **options: Any) -> Factory:
-    return lambda m: GritKFAC(m.peft, lr=lr, **options)
+def _riemannian(m: Adapters) -> torch.optim.Optimizer:
+    from peft.optimizers import create_riemannian_optimizer
+
+    return create_riemannian_optimizer(m.peft, torch.optim.AdamW, lr=LR)
 
 
-def _riemannian(lr: float) -> Factory:
-    def make(m: Adapters) -> torch.optim.Optimizer:
-        from peft.optimizers import create_riemannian_optimizer
+def _lora_fa(m: Adapters) -> torch.optim.Optimizer:
+    from peft.optimizers import create_lorafa_optimizer
 
-        return create_riemannian_optimizer(m.peft, torch.optim.AdamW, lr=lr)
-
-    return make
+    return create_lorafa_optimizer(m.peft, r=m.r, lora_alpha=m.r, lr=LR)
 
 
-def _blockwise(lr: float) -> dict[str, Factory]:
+def heavy() -> dict[str, Factory]:
+    """Return the optimizers with Kronecker factors of whole tensors, preconditioners every 10 steps."""
     import pytorch_optimizer as po
 
     found: dict[str, Factory] = {
-        "SOAP (pytorch-optimizer)": lambda m: po.SOAP(m.trainable(), lr=lr),
-        "Shampoo (pytorch-optimizer)": lambda m: po.Shampoo(m.trainable(), lr=lr, preconditioning_compute_steps=10),
-        "ScalableShampoo (pytorch-optimizer)": lambda m: po.ScalableShampoo(
-            m.trainable(), lr=lr, start_preconditioning_step=1, preconditioning_compute_steps=10
+        "SOAP": lambda m: po.SOAP(m.trainable(), lr=LR, precondition_frequency=10),
+        "SOAP, r side only": lambda m: po.SOAP(
+            m.trainable(), lr=LR, precondition_frequency=10, max_precondition_dim=m.r
+        ),
+        "Shampoo": lambda m: po.Shampoo(m.trainable(), lr=LR, preconditioning_compute_steps=10),
+        "ScalableShampoo": lambda m: po.ScalableShampoo(
+            m.trainable(), lr=LR, start_preconditioning_step=1, preconditioning_compute_steps=10
         ),
     }
     try:
-        from distributed_shampoo import AdamPreconditionerConfig, DistributedShampoo
+        import distributed_shampoo as ds
     except ImportError:
         return found
-    found["Distributed Shampoo"] = lambda m: DistributedShampoo(
-        m.trainable(),
-        lr=lr,
-        precondition_frequency=10,
-        start_preconditioning_step=1,
-        grafting_config=AdamPreconditionerConfig(beta2=0.999),
-    )
-    return found
+
+    def distributed(m: Adapters, **options: Any) -> torch.optim.Optimizer:
+        grafting = ds.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8)
+        return ds.DistributedShampoo(
+            m.trainable(), lr=LR, precondition_frequency=10, start_preconditioning_step=1,
+            grafting_config=grafting, **options,
+        )  # fmt: skip
+
+    def r_side_only(m: Adapters) -> torch.optim.Optimizer:
+        return distributed(m, max_preconditioner_dim=m.r)  # its blocks are then r×r on both sides
+
+    return {**found, "Distributed Shampoo": distributed, "Distributed Shampoo, r×r blocks": r_side_only}
+
+
+def contestants() -> dict[str, Factory]:
+    """Return all of them, heavy ones last."""
+    return {**light(), **heavy()}

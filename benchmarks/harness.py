@@ -14,7 +14,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 # columns without numbers
-TEXT = ("task", "optimizer", "part", "axis", "scale", "model", "device", "python", "torch", "commit")
+TEXT = ("task", "start", "optimizer", "pair", "part", "axis", "scale", "model", "device", "python", "torch", "commit")
 
 Row = dict[str, Any]
 

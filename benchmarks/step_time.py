@@ -1,85 +1,158 @@
 """Time of one optimizer step on LoRA adapters, as a ratio to torch's fused AdamW of the same run.
 
-Three parts, each interleaved in one process: ``full`` (32 blocks, 224 pairs; the optimizers whose state is r×r),
-``blocks`` (few pairs; also those with d×d blocks) and ``capture`` (forward and backward of the demo's model with and
-without the hooks). Times are means over whole inverse cadences, so refresh steps are in. Writes
-results/step_time.csv.
+    python benchmarks/step_time.py                       # all parts, sizes for a CPU
+    python benchmarks/step_time.py --device cuda         # full sizes; times by CUDA events (written, never run)
+    python benchmarks/step_time.py --parts blocks --tokens 8
+
+Each optimizer is timed beside the baseline, blocks of a whole cadence (10 steps) in turn. Parts:
+
+- ``axes``: growth with rank, pairs and d, one at a time around a centre;
+- ``blocks``: few pairs, where optimizers with d×d factors are bearable;
+- ``models``: the adapters of three published models (`shapes`);
+- ``split``: GritKFAC's statistics, inversion and update, by leaving out one after the other;
+- ``capture``: forward and backward of the demo's model with and without the hooks.
+
+Rows of results/step_time.csv that the run measures anew are replaced.
 """
 
 import argparse
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from adapters import Adapters, contestants
-from harness import RESULTS, interleave, summary, table, write_csv
+from adapters import BASELINE, Adapters, Factory, adamw, grit, heavy, light
+from harness import RESULTS, Row, interleave, ratios, read_csv, stamp, summary, table, write_csv
+from shapes import MODELS, Shape, square
 
-BASELINE = "AdamW fused"
-
-
-def optimizer_rows(part: str, layers: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time a step of every contestant on its own copy of the adapters."""
-    steps, before = {}, {}
-    for name, make in contestants(heavy=part == "blocks").items():
-        adapters = Adapters(layers, args.hidden, args.intermediate, args.rank)
-        optimizer = make(adapters)
-        steps[name] = optimizer.step
-        if name.startswith("GritKFAC") and "," not in name:
-            before[name] = adapters.observe
-    times = interleave(steps, args.rounds if part == "full" else args.block_rounds, before=before)
-    base = summary(times[BASELINE])["mean_ms"]
-    return [
-        {
-            "part": part, "optimizer": name, "pairs": 7 * layers, "hidden": args.hidden, "rank": args.rank,
-            **summary(t), "ratio": round(summary(t)["mean_ms"] / base, 3), "rounds": len(t),
-        }
-        for name, t in times.items()
-    ]  # fmt: skip
+CADENCE = 10  # steps between new matrices, for everybody
+NEVER = 10**9
+# ranks, pairs, d; the centre; models; blocks' d
+SIZES: dict[str, dict[str, Any]] = {
+    "quick": {"r": (4, 16), "pairs": (8, 16), "d": (128, 256), "centre": (8, 8, 128), "models": (), "blocks": 128},
+    "cpu": {
+        "r": (4, 8, 16, 32, 64, 128), "pairs": (32, 64, 128, 256, 512), "d": (512, 1024, 2048, 4096, 8192),
+        "centre": (16, 64, 1024), "models": ("ViT-B", "Qwen2.5-0.5B", "Llama-3-8B"), "blocks": 512,
+    },
+    "cuda": {
+        "r": (4, 8, 16, 32, 64, 128), "pairs": (32, 64, 128, 256, 512), "d": (512, 1024, 2048, 4096, 8192),
+        "centre": (16, 224, 4096), "models": tuple(MODELS), "blocks": 1024,
+    },
+}  # fmt: skip
 
 
-def capture_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time forward and backward of the demo's model with the hooks off and on."""
+def work(make: Factory, shape: Shape, r: int, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return what to do before a step, and the step, of one optimizer on adapters of its own."""
+    adapters = Adapters(shape, r, args.device)
+    optimizer = make(adapters)
+    observes = any(g.get("statistics") == "activation" for g in optimizer.param_groups)
+
+    def before() -> None:
+        adapters.arrive()
+        if observes:
+            adapters.observe(args.tokens)
+
+    return before, optimizer.step
+
+
+def timed(who: dict[str, Factory], shape: Shape, r: int, args: argparse.Namespace) -> Iterator[Row]:
+    """Time each optimizer in turn beside the baseline, two sets of adapters in memory at a time."""
+    for name, make in who.items():
+        torch.manual_seed(0)
+        works = {name: work(make, shape, r, args)}
+        if name != BASELINE:
+            works[BASELINE] = work(adamw(fused=True), shape, r, args)
+        times = interleave(works, args.rounds, CADENCE, args.device)
+        del works
+        gc.collect()
+        yield {"optimizer": name, **summary(times[name]), **ratios(times, name, BASELINE), "rounds": args.rounds}
+
+
+def axes(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
+    """Grow one size at a time."""
+    centre = dict(zip(("r", "pairs", "d"), sizes["centre"], strict=True))
+    for axis in centre:
+        for value in sizes[axis]:
+            at = {**centre, axis: value}
+            for row in timed(light(), square(at["pairs"], at["d"]), at["r"], args):
+                yield {"part": "axes", "axis": axis, **at, **row}
+
+
+def blocks(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
+    """Everybody on eight pairs."""
+    at = {"r": 16, "pairs": 8, "d": sizes["blocks"]}
+    for row in timed({**light(), **heavy()}, square(at["pairs"], at["d"]), at["r"], args):
+        yield {"part": "blocks", **at, **row}
+
+
+def models(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
+    """The light ones on the adapters of published models, rank 16."""
+    for name in sizes["models"]:
+        for row in timed(light(), MODELS[name], 16, args):
+            yield {"part": "models", "model": name, "r": 16, "pairs": MODELS[name].pairs, **row}
+
+
+def split(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
+    """GritKFAC eigen with its work left out piece by piece; differences are statistics and inversion."""
+    r, pairs, d = sizes["centre"]
+    stages = {
+        BASELINE: adamw(fused=True),
+        "update": grit(factor_every=NEVER, inverse_every=NEVER),
+        "update + statistics": grit(inverse_every=NEVER),
+        "update + statistics + inversion": grit(),
+    }
+    for row in timed(stages, square(pairs, d), r, args):
+        yield {"part": "split", "r": r, "pairs": pairs, "d": d, **row}
+
+
+def capture(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
+    """Forward and backward of the demo's model with the hooks off and on."""
     from curvopt import GritKFAC
-    from curvopt.demo import task as demo_task
+    from curvopt.demo import task as demo
 
-    model = demo_task.lora_model(demo_task.untrained_model(demo_task.PretrainConfig()), rank=8)
+    model = demo.lora_model(demo.untrained_model(demo.PretrainConfig()), rank=8).to(args.device)
     optimizer = GritKFAC(model)
-    x = torch.randint(0, 256, (16, 128))
+    x = torch.randint(0, 256, (16, 128), device=args.device)
 
     def run(active: bool) -> None:
         optimizer._observer.capture.active = active
         model(input_ids=x, labels=x).loss.backward()
 
-    steps = {"hooks off": lambda: run(False), "hooks on": lambda: run(True)}
-    times = interleave(steps, args.rounds, before=dict.fromkeys(steps, optimizer.zero_grad))
-    base = summary(times["hooks off"])["median_ms"]
-    return [
-        {"part": "capture", "optimizer": name, "pairs": 28, "hidden": 128, "rank": 8, **summary(t),
-         "ratio": round(summary(t)["median_ms"] / base, 3), "rounds": len(t)}
-        for name, t in times.items()
-    ]  # fmt: skip
+    works = {
+        "hooks off": (optimizer.zero_grad, lambda: run(False)),
+        "hooks on": (optimizer.zero_grad, lambda: run(True)),
+    }
+    times = interleave(works, 2 * args.rounds, 2, args.device)
+    for name in works:
+        yield {
+            "part": "capture", "pairs": 28, "r": 8, "d": 128, "optimizer": name, **summary(times[name]),
+            **ratios(times, name, "hooks off"), "rounds": 2 * args.rounds,
+        }  # fmt: skip
+
+
+PARTS = {"axes": axes, "blocks": blocks, "models": models, "split": split, "capture": capture}
+COLUMNS = ("part", "axis", "model", "r", "pairs", "d", "optimizer", "median_ms", "ratio", "ratio_p10", "ratio_p90")
 
 
 def main() -> None:
-    """Run the parts asked for, print the table, write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["full", "blocks", "capture"])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--block-layers", type=int, default=1)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=2816)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--block-rounds", type=int, default=20)
+    """Run the parts asked for, print each row, merge the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=7, help="counted blocks of ten steps")
+    parser.add_argument("--tokens", type=int, default=8, help="rows that the hooks see before a step (not timed)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, into results/quick")
     args = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
+    sizes = SIZES["quick" if args.quick else args.device]
+    path = RESULTS / ("quick" if args.quick else ".") / "step_time.csv"
+    mark = stamp(args.device)
     for part in args.parts:
-        layers = {"full": args.layers, "blocks": args.block_layers}.get(part)
-        rows += capture_rows(args) if layers is None else optimizer_rows(part, layers, args)
-    print(table(rows, ["part", "optimizer", "pairs", "mean_ms", "median_ms", "p10_ms", "p90_ms", "ratio"]))
-    write_csv(RESULTS / "step_time.csv", rows)
+        rows = [{**dict.fromkeys(COLUMNS, ""), **row, **mark} for row in PARTS[part](args, sizes)]
+        kept = [row for row in read_csv(path) if row["part"] != part]
+        write_csv(path, kept + rows)
+        print(table([{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], COLUMNS))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""Who takes part in the quality benchmark: an adapter and the optimizers that train it, by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tasks import Task
+from torch import Tensor, nn
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to fine-tune.
+
+    Attributes:
+        make: from task, model, learning rate and the number of steps, the optimizers to step in turn.
+        kind: the adapter; see `tasks.Task.build`.
+        tasks: the tasks it takes part in; None for all.
+    """
+
+    make: Callable[[Task, nn.Module, float, int], Optimizers]
+    kind: str = "lora"
+    tasks: tuple[str, ...] | None = None
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    """Return the parameters that train."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adamw(**options: Any) -> Callable[[Task, nn.Module, float, int], Optimizers]:
+    """AdamW of torch with options, no decay."""
+
+    def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+        return [torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, **options)]
+
+    return make
+
+
+def grit(**options: Any) -> Callable[[Task, nn.Module, float, int], Optimizers]:
+    """GritKFAC with options."""
+
+    def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+        from curvopt import GritKFAC
+
+        return [GritKFAC(model, lr=lr, **options)]
+
+    return make
+
+
+def grit_ranks(tau: float, looks: int = 6) -> Callable[[Task, nn.Module, float, int], Optimizers]:
+    """GritKFAC that adapts ranks, with so many looks at them in a run."""
+
+    def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+        return grit(reproject_every=max(1, steps // looks), rank_threshold=tau, min_rank=1)(task, model, lr, steps)
+
+    return make
+
+
+def gora(then: Callable[[Task, nn.Module, float, int], Optimizers]) -> Callable[..., Optimizers]:
+    """GoRAInit, whose calibration takes the first 8 of the run's steps, before another contestant's optimizer."""
+
+    def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+        from curvopt import GoRAInit
+
+        return [
+            GoRAInit(
+                model, rank=task.rank, min_rank=task.rank // 2, max_rank=4 * task.rank, calibration_steps=8,
+                init_lr="auto", then=lambda ready: then(task, ready, lr, steps)[0],
+            )
+        ]  # fmt: skip
+
+    return make
+
+
+def _loraplus(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+    from peft.optimizers import create_loraplus_optimizer
+
+    return [create_loraplus_optimizer(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=16, weight_decay=0.0)]
+
+
+def _riemannian(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+    from peft.optimizers import create_riemannian_optimizer
+
+    return [create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)]
+
+
+def _soap(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+    import pytorch_optimizer
+
+    return [pytorch_optimizer.SOAP(trainable(model), lr=lr, weight_decay=0.0, max_precondition_dim=512)]
+
+
+def _shampoo(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+    import pytorch_optimizer
+
+    return [
+        pytorch_optimizer.ScalableShampoo(
+            trainable(model), lr=lr, graft_type=3, moving_average_for_momentum=True, nesterov=False,
+            start_preconditioning_step=1, preconditioning_compute_steps=10, block_size=128,
+        )  # graft 3: the step length of RMSProp, so that the common grid of learning rates fits
+    ]  # fmt: skip
+
+
+def _muon(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+    matrices = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
+    others = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, *([torch.optim.AdamW(others, lr=lr, weight_decay=0.0)] if others else [])]
+
+
+def _natural(task: Any, model: nn.Module, lr: float, steps: int) -> Optimizers:
+    from tasks.regression import NaturalGradient
+
+    return [NaturalGradient(model, 10 * lr, task.covariance)]  # the grid's 6.4e-2 is then 0.64 of a Newton step
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "AdamW": Contestant(adamw()),
+    "GritKFAC": Contestant(grit()),
+    "GritKFAC, ranks": Contestant(grit_ranks(0.99)),
+    "GoRA + AdamW": Contestant(gora(adamw())),
+    "GoRA + GritKFAC": Contestant(gora(grit())),
+    "LoRA+": Contestant(_loraplus),
+    "SOAP": Contestant(_soap),
+    "Riemannian": Contestant(_riemannian),
+    "Muon": Contestant(_muon),
+    "orthogonal": Contestant(adamw(), "orthogonal"),
+    "DoRA": Contestant(adamw(), "dora"),
+    "Shampoo": Contestant(_shampoo),
+    "IA3": Contestant(adamw(), "ia3"),
+    "natural gradient": Contestant(_natural, tasks=("regression",)),
+}

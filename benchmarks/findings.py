@@ -1,0 +1,160 @@
+"""What the runs in results/*.csv say: best learning rates, 95 % intervals, steps and seconds to AdamW's loss."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, Row, read_csv
+
+BASE = "AdamW"
+
+
+def student(n: int) -> float:
+    """Return the 97.5 % quantile of Student's t with n − 1 degrees of freedom."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, n - 1))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % interval (NaN for one value)."""
+    n = len(values)
+    half = student(n) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.fmean(values), half
+
+
+def shown(values: Sequence[float], digits: int = 4, sign: bool = False) -> str:
+    """Return "mean ± half" for a table."""
+    mean, half = interval(values)
+    text = f"{mean:+.{digits}f}" if sign else f"{mean:.{digits}f}"
+    return text.replace("-", "−") + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+class Runs:
+    """All runs of one log, by task and optimizer.
+
+    Args:
+        path: results CSV; the curves lie beside it.
+    """
+
+    def __init__(self, path: Path = RESULTS / "quality.csv") -> None:
+        self.rows = read_csv(path)
+        self._curves = read_csv(path.with_name(f"{path.stem}_curves.csv"))
+
+    def tasks(self) -> list[str]:
+        """Tasks that have runs of AdamW, in order of first appearance."""
+        return list(dict.fromkeys(row["task"] for row in self.rows if row["optimizer"] == BASE))
+
+    def optimizers(self, task: str) -> list[str]:
+        """Optimizers of a task, AdamW first."""
+        found = dict.fromkeys(row["optimizer"] for row in self.rows if row["task"] == task and row["horizon"] == 1)
+        return sorted(found, key=lambda name: name != BASE)
+
+    def rate(self, task: str, name: str) -> float:
+        """Return the learning rate with the most seeds, of those the one with the lowest validation loss."""
+        by_rate: dict[float, list[float]] = {}
+        for row in self._of(task, name, 1.0):
+            by_rate.setdefault(row["lr"], []).append(row["valid"])
+        return min(by_rate, key=lambda lr: (-len(by_rate[lr]), statistics.fmean(by_rate[lr])))
+
+    def at_edge(self, task: str, name: str) -> bool:
+        """Whether the best learning rate is the highest or lowest of the grid."""
+        from tasks import TASKS
+
+        return self.rate(task, name) in (TASKS[task].rates[0], TASKS[task].rates[-1])
+
+    def best(self, task: str, name: str, horizon: float = 1.0) -> dict[int, Row]:
+        """Return the runs at the best learning rate by seed."""
+        lr = self.rate(task, name)
+        return {row["seed"]: row for row in self._of(task, name, horizon) if row["lr"] == lr}
+
+    def curves(self, task: str, name: str) -> dict[int, Row]:
+        """Return the curves at the best learning rate by seed."""
+        lr = self.rate(task, name)
+        return {row["seed"]: row for row in _select(self._curves, task, name, 1.0) if row["lr"] == lr}
+
+    def column(self, task: str, name: str, key: str, horizon: float = 1.0) -> list[float]:
+        """Return one column of the best runs."""
+        return [row[key] for row in self.best(task, name, horizon).values() if row[key] is not None]
+
+    def difference(self, task: str, name: str, key: str, horizon: float = 1.0) -> list[float]:
+        """Return differences to AdamW's full runs of the same seeds."""
+        base = self.best(task, BASE)
+        runs = self.best(task, name, horizon)
+        return [row[key] - base[seed][key] for seed, row in runs.items() if seed in base and row[key] is not None]
+
+    def steps_needed(self, task: str, name: str) -> float:
+        """Return the share of the steps that a run of that length needs for AdamW's final validation loss.
+
+        Between the horizons that were run, interpolated linearly; inf if a full run does not reach it, and the
+        shortest horizon if even that does.
+        """
+        goal = statistics.fmean(self.column(task, BASE, "valid"))
+        horizons = sorted({row["horizon"] for row in self._of(task, name, None)}, reverse=True)
+        points = [(h, statistics.fmean(self.column(task, name, "valid", h))) for h in horizons]
+        if not points or points[0][1] > goal:
+            return math.inf
+        for (h0, v0), (h1, v1) in itertools.pairwise(points):
+            if v1 > goal:
+                return h1 + (h0 - h1) * (v1 - goal) / (v1 - v0)
+        return points[-1][0]
+
+    def steps_shown(self, task: str, name: str) -> str:
+        """Return `steps_needed` for a table; "≤" where no shorter run failed to reach the loss."""
+        needed = self.steps_needed(task, name)
+        shortest = min(row["horizon"] for row in self._of(task, name, None))
+        return ("≤ " if needed == shortest else "") + number(needed)
+
+    def crossing(self, task: str, name: str, clock: str) -> list[float]:
+        """Return, by seed, when the validation curve of a full run first meets AdamW's final loss, as a share.
+
+        Args:
+            task: the task.
+            name: the optimizer.
+            clock: "steps" or "seconds"; both as a share of AdamW's whole run with that seed. inf if it never does.
+        """
+        base, found = self.curves(task, BASE), []
+        for seed, curve in self.curves(task, name).items():
+            if seed in base and curve[clock] and base[seed][clock]:
+                goal = base[seed]["valid"][-1]
+                found.append(_meets(curve[clock], curve["valid"], goal) / base[seed][clock][-1])
+        return found
+
+    def _of(self, task: str, name: str, horizon: float | None) -> list[Row]:
+        return _select(self.rows, task, name, horizon)
+
+
+def _select(rows: Iterable[Row], task: str, name: str, horizon: float | None) -> list[Row]:
+    return [r for r in rows if r["task"] == task and r["optimizer"] == name and horizon in (None, r["horizon"])]
+
+
+def _meets(clock: Sequence[float], values: Sequence[float], goal: float) -> float:
+    if values[0] <= goal:
+        return clock[0]
+    for i in range(1, len(values)):
+        if values[i] <= goal:
+            part = (values[i - 1] - goal) / (values[i - 1] - values[i])
+            return clock[i - 1] + part * (clock[i] - clock[i - 1])
+    return math.inf
+
+
+def exponent(rows: Sequence[Row], axis: str) -> float:
+    """Return b of the least-squares fit log(ms) = a + b log(size)."""
+    x = [math.log(row[axis]) for row in rows]
+    y = [math.log(row["median_ms"]) for row in rows]
+    return statistics.linear_regression(x, y).slope if len(set(x)) > 1 else math.nan
+
+
+def step_times(part: str) -> list[Row]:
+    """Return the rows of one part of results/step_time.csv."""
+    return [row for row in read_csv(RESULTS / "step_time.csv") if row["part"] == part]
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """Return a number for a table; "never" for inf, a dash for what is not known."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return "never" if value == math.inf else f"{value:.{digits}f}"

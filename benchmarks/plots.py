@@ -1,0 +1,234 @@
+"""Every plot from the CSVs, into results/*.png.
+
+python benchmarks/plots.py
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from findings import BASE, Runs, exponent, step_times
+from harness import RESULTS, Row, read_csv
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from tasks import TASKS
+
+DPI = 130
+# one colour an optimizer in every plot; those that are not named share a grey
+COLOURS = {
+    "AdamW": "#222222", "GritKFAC": "#d62728", "GritKFAC, ranks": "#ff9896", "GoRA + AdamW": "#7f7f7f",
+    "GoRA + GritKFAC": "#9467bd", "LoRA+": "#1f77b4", "SOAP": "#2ca02c", "Riemannian": "#8c564b", "Muon": "#e377c2",
+    "orthogonal": "#17becf", "DoRA": "#bcbd22", "Shampoo": "#ff7f0e", "IA3": "#aec7e8", "natural gradient": "#98df8a",
+}  # fmt: skip
+SHOWN = ("AdamW", "GritKFAC", "GoRA + GritKFAC", "LoRA+", "SOAP", "Muon")
+
+
+def panels(n: int, columns: int = 3, height: float = 3.4) -> tuple[Any, list[Any]]:
+    """Return a figure and its axes, those that are not needed taken away."""
+    columns = min(n, columns)
+    rows = math.ceil(n / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, height * rows), layout="constrained")
+    flat = list(axes.flat) if n > 1 else [axes]
+    for axis in flat[n:]:
+        axis.remove()
+    return figure, flat[:n]
+
+
+def finish(figure: Any, axes: Sequence[Any], name: str, title: str) -> None:
+    """Put one legend below, and save."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+        axis.grid(alpha=0.25)
+    if found:
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(6, len(found)), fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(RESULTS / name, dpi=DPI)
+    plt.close(figure)
+
+
+def logarithmic(side: Any) -> None:
+    """Give an axis a logarithmic scale with readable ticks, few over decades and some within one."""
+    (side.axes.set_xscale if side.axis_name == "x" else side.axes.set_yscale)("log")
+    low, high = side.get_view_interval()
+    wide = high > 8 * low
+    side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(6))
+    side.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}"))
+    side.set_minor_formatter(NullFormatter())
+    side.set_minor_locator(NullLocator())
+    side.set_tick_params(labelsize=8)
+
+
+def loss_curves(runs: Runs, clock: str) -> None:
+    """Validation loss against steps or seconds: mean over seeds, band from lowest to highest."""
+    tasks = runs.tasks()
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for name in (name for name in SHOWN if name in runs.optimizers(task)):
+            curves = [c for c in runs.curves(task, name).values() if c[clock]]
+            if not curves:
+                continue
+            x = [statistics.fmean(v) for v in zip(*(c[clock] for c in curves), strict=True)]
+            y = list(zip(*(c["valid"] for c in curves), strict=True))
+            axis.plot(x, [statistics.fmean(v) for v in y], color=COLOURS[name], label=name, lw=1.6)
+            axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=COLOURS[name], alpha=0.12, lw=0)
+        goal = statistics.fmean(runs.column(task, BASE, "valid"))
+        axis.axhline(goal, color=COLOURS[BASE], ls=":", lw=1)
+        logarithmic(axis.yaxis)
+        unit = "steps" if clock == "steps" else "CPU seconds of training"
+        axis.set(title=TASKS[task].title, xlabel=unit, ylabel=f"validation loss, {TASKS[task].unit}")
+        axis.title.set_fontsize(10)
+    title = f"Validation loss against {clock}, each optimizer at its best learning rate (dotted: AdamW's last)"
+    finish(figure, axes, f"loss_{clock}.png", title)
+
+
+def rates(runs: Runs) -> None:
+    """Validation loss against learning rate."""
+    tasks = runs.tasks()
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for name in (name for name in SHOWN if name in runs.optimizers(task)):
+            own = [r for r in runs.rows if (r["task"], r["optimizer"], r["horizon"]) == (task, name, 1.0)]
+            lrs = sorted({r["lr"] for r in own})
+            loss = [statistics.fmean(r["valid"] for r in own if r["lr"] == lr) for lr in lrs]
+            axis.plot(lrs, loss, marker="o", ms=4, color=COLOURS[name], label=name)
+        ticks = sorted({r["lr"] for r in runs.rows if r["task"] == task})
+        axis.set(
+            xscale="log", title=TASKS[task].title, xlabel="learning rate", ylabel=f"validation loss, {TASKS[task].unit}"
+        )
+        axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks], rotation=45, fontsize=8)
+        axis.minorticks_off()
+        axis.title.set_fontsize(10)
+        values = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
+        goal = statistics.fmean(runs.column(task, BASE, "valid"))
+        axis.set_ylim(0.97 * min(values), min(max(values), 10 * goal if goal < 0.2 else 1.5 * goal))
+        logarithmic(axis.yaxis)
+    finish(
+        figure,
+        axes,
+        "rates.png",
+        "Final validation loss against learning rate (mean over the seeds that ran: more of them at the best)",
+    )
+
+
+def frontier(runs: Runs) -> None:
+    """‖ΔW‖_F against the loss on the earlier task: every run, at every learning rate."""
+    tasks = runs.tasks()
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for name in (name for name in SHOWN if name in runs.optimizers(task)):
+            own = [r for r in runs.rows if (r["task"], r["optimizer"]) == (task, name) and r["update_norm"]]
+            own = [r for r in own if math.isfinite(r["update_norm"]) and math.isfinite(r["retention"])]
+            xy = [(r["update_norm"], r["retention"]) for r in own]
+            axis.scatter(*zip(*xy, strict=True), s=16, color=COLOURS[name], label=name, alpha=0.75)
+        axis.set(title=TASKS[task].title, xlabel="‖ΔW‖_F", ylabel="loss on the earlier task")
+        logarithmic(axis.xaxis)
+        axis.title.set_fontsize(10)
+        if task == "sentences":
+            axis.set_ylabel("1 − cosine to earlier embeddings")
+    finish(figure, axes, "frontier.png", "Size of the update against retention: one point a run, all learning rates")
+
+
+def growth() -> None:
+    """Step time against rank, pairs and d, with fitted exponents."""
+    rows = step_times("axes")
+    if not rows:
+        return
+    names = [
+        "AdamW fused",
+        "AdamW foreach",
+        "GritKFAC eigen",
+        "GritKFAC adam",
+        "PEFT Riemannian",
+        "PEFT LoRA-FA",
+        "Muon",
+    ]
+    figure, axes = panels(3, height=4.4)
+    for axis, size in zip(axes, ("r", "pairs", "d"), strict=True):
+        for name, colour in zip(names, plt.get_cmap("tab10").colors, strict=False):
+            own = [r for r in rows if r["axis"] == size and r["optimizer"] == name]
+            if own:
+                label = f"{name}"
+                x = [r[size] for r in own]
+                axis.plot(x, [r["median_ms"] for r in own], marker="o", ms=4, color=colour, label=label)
+                axis.fill_between(
+                    x, [r["p10_ms"] for r in own], [r["p90_ms"] for r in own], color=colour, alpha=0.12, lw=0
+                )
+                text = f" {exponent(own, size):.2f}"
+                axis.annotate(text, (x[-1], own[-1]["median_ms"]), color=colour, fontsize=8, va="center")
+        ticks = sorted({r[size] for r in rows if r["axis"] == size})
+        fixed = {k: next(r[k] for r in rows if r["axis"] == size) for k in ("r", "pairs", "d") if k != size}
+        title = ", ".join(f"{k} = {v}" for k, v in fixed.items())
+        axis.set(xscale="log", yscale="log", xlabel=size, ylabel="ms a step", title=title)
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.margins(x=0.12)
+    finish(figure, axes, "step_time.png", f"Step time (numbers: fitted exponent); {rows[0]['device']}")
+
+
+def spectra() -> None:
+    """Energies of every pair at the end, and live rank by pair over time."""
+    rows = read_csv(RESULTS / "spectra.csv")
+    if not rows:
+        return
+    last = max(row["step"] for row in rows)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), layout="constrained", width_ratios=(1, 1.4))
+    names = list(dict.fromkeys(row["pair"] for row in rows))
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    for kind, colour in zip(kinds, plt.get_cmap("tab10").colors, strict=False):
+        for i, row in enumerate(r for r in rows if r["step"] == last and r["pair"].endswith(f".{kind}")):
+            energy = row["energy"] if isinstance(row["energy"], list) else [row["energy"] or 1.0]
+            label = kind if i == 0 else None
+            axes[0].plot(range(1, len(energy) + 1), energy, color=colour, alpha=0.7, marker=".", label=label)
+    axes[0].set(yscale="log", xlabel="direction", ylabel="share of Σσ²", title=f"Energies after {last} steps")
+    axes[0].set_ylim(1e-3, 1.2)  # directions that have just come back have next to nothing
+    steps = sorted({row["step"] for row in rows})
+    ranks = [[next(r["rank"] for r in rows if r["step"] == s and r["pair"] == n) for s in steps] for n in names]
+    image = axes[1].imshow(ranks, aspect="auto", cmap="viridis", vmin=1)
+    axes[1].set_xticks(range(len(steps)), [str(s) for s in steps], fontsize=8)
+    axes[1].set_yticks(range(len(names)), [_short(n) for n in names], fontsize=7)
+    axes[1].set(xlabel="step", title="Live rank by layer")
+    figure.colorbar(image, ax=axes[1], label="rank")
+    finish(figure, axes[:1], "spectra.png", "Energy spectra and ranks, GritKFAC with τ = 0.99 on the demo's task")
+
+
+def _short(name: str) -> str:
+    parts = [p for p in name.split(".") if p not in ("base_model", "model", "layers", "self_attn", "mlp")]
+    return ".".join(parts)
+
+
+def split() -> None:
+    """What a step of GritKFAC is made of."""
+    rows: list[Row] = step_times("split")
+    if len(rows) < 4:
+        return
+    ms = [row["median_ms"] for row in rows]
+    parts = {"AdamW fused": ms[0], "update": ms[1], "statistics": ms[2] - ms[1], "inversion": ms[3] - ms[2]}
+    figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    axis.barh(list(parts), list(parts.values()), color=["#222222", "#d62728", "#ff9896", "#9467bd"])
+    axis.invert_yaxis()
+    axis.set(xlabel="ms a step", title=f"{rows[0]['pairs']} pairs, d = {rows[0]['d']}, r = {rows[0]['r']}")
+    figure.savefig(RESULTS / "split.png", dpi=DPI)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Draw all."""
+    runs = Runs()
+    if runs.rows:
+        loss_curves(runs, "steps")
+        loss_curves(runs, "seconds")
+        rates(runs)
+        frontier(runs)
+    growth()
+    split()
+    spectra()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Tables from the CSVs: all of them into results/tables.md, the short ones into README between their markers.
+
+    python benchmarks/report.py
+
+A marker pair in README is ``<!-- table: NAME -->`` and ``<!-- end -->``; what stands between is replaced.
+"""
+
+import re
+import statistics
+from collections.abc import Callable
+
+from findings import BASE, Runs, exponent, number, shown, step_times
+from harness import RESULTS, Row, read_csv, table
+from tasks import TASKS
+
+README = RESULTS.parent.parent / "README.md"
+SHORTER = (0.8, 0.6)
+
+
+def task_table(runs: Runs, task: str) -> list[Row]:
+    """Return a line an optimizer: everything that is measured on a task."""
+    lines = []
+    for name in runs.optimizers(task):
+        edge = "*" if runs.at_edge(task, name) else ""
+        line: Row = {"optimizer": name, "lr": f"{runs.rate(task, name):g}{edge}"}
+        line["seeds"] = len(runs.best(task, name))
+        line["test loss"] = shown(runs.column(task, name, "test"))
+        line["Δ to AdamW"] = "" if name == BASE else shown(runs.difference(task, name, "test"), sign=True)
+        if accuracy := runs.column(task, name, "accuracy"):
+            line["accuracy"] = shown([100 * a for a in accuracy], 1) + " %"
+        line["earlier task"] = shown(runs.column(task, name, "retention"), 3)
+        line["‖ΔW‖"] = number(statistics.fmean(runs.column(task, name, "update_norm")), 1)
+        line["steps needed"] = "1" if name == BASE else runs.steps_shown(task, name)
+        crossed = runs.crossing(task, name, "seconds")
+        line["seconds needed"] = number(statistics.median(crossed)) if crossed else "–"
+        line["parameters"] = f"{statistics.fmean(runs.column(task, name, 'adapter_parameters')):,.0f}"
+        lines.append(line)
+    return lines
+
+
+def quality_table(runs: Runs) -> list[Row]:
+    """Return a line an optimizer: the paired difference of test loss to AdamW, task by task."""
+    names = dict.fromkeys(name for task in runs.tasks() for name in runs.optimizers(task))
+    lines = []
+    for name in names:
+        line: Row = {"optimizer": name}
+        for task in runs.tasks():
+            if name not in runs.optimizers(task):
+                line[task] = ""
+                continue
+            values = runs.column(task, name, "test") if name == BASE else runs.difference(task, name, "test")
+            line[task] = shown(values, sign=name != BASE)
+        lines.append(line)
+    return lines
+
+
+def steps_table(runs: Runs) -> list[Row]:
+    """Return a line an optimizer that was run with fewer steps: Δ validation loss to AdamW's full run."""
+    lines = []
+    for name in dict.fromkeys(row["optimizer"] for row in runs.rows if row["horizon"] in SHORTER):
+        for horizon in (1.0, *SHORTER):
+            line: Row = {"optimizer": name, "steps": f"{horizon:g}"}
+            for task in runs.tasks():
+                values = runs.difference(task, name, "valid", horizon) if name in runs.optimizers(task) else []
+                line[task] = shown(values, sign=True) if values else ""
+            lines.append(line)
+    return lines
+
+
+def parameters_table(runs: Runs) -> list[Row]:
+    """Return a line a task: what rank adaptation saves, and what it costs in loss."""
+    lines = []
+    for task in runs.tasks():
+        for name in runs.optimizers(task):
+            full, own = (statistics.fmean(runs.column(task, n, "adapter_parameters")) for n in ("GritKFAC", name))
+            if not name.startswith("GritKFAC, ranks"):
+                continue
+            lines.append({
+                "task": task, "optimizer": name, "parameters": f"{own:,.0f}",
+                "saved": f"{100 * (1 - own / full):.0f} %",
+                "mean rank": number(statistics.fmean(runs.column(task, name, "mean_rank")), 1),
+                "Δ test loss to AdamW": shown(runs.difference(task, name, "test"), sign=True),
+            })  # fmt: skip
+    return lines
+
+
+def ablation_table() -> list[Row]:
+    """Return a line a variant of GritKFAC: the paired difference of test loss to the default at its best rate."""
+    runs = Runs(RESULTS / "ablations.csv")
+    tasks = list(dict.fromkeys(row["task"] for row in runs.rows))
+    lines = []
+    for name in dict.fromkeys(row["optimizer"] for row in runs.rows):
+        line: Row = {"variant": name}
+        for task in tasks:
+            base, own = runs.best(task, "default"), runs.best(task, name) if name in runs.optimizers(task) else {}
+            paired = [own[s]["test"] - base[s]["test"] for s in own if s in base]
+            line[task] = "" if not paired else shown(paired, sign=True)
+            if name == "default":
+                line[task] = shown([row["test"] for row in own.values()])
+        lines.append(line)
+    return lines
+
+
+def step_time_table(part: str, where: str) -> list[Row]:
+    """Return a line an optimizer, a column a place: the ratio to fused AdamW."""
+    rows = step_times(part)
+    places = list(dict.fromkeys(row[where] for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        own = {row[where]: row for row in rows if row["optimizer"] == name}
+        lines.append({"optimizer": name, **{str(p): _ratio(own.get(p)) for p in places}})
+    return lines
+
+
+def growth_table() -> list[Row]:
+    """Return a line an optimizer: fitted exponents of step time in pairs, d and r."""
+    rows = step_times("axes")
+    return [
+        {
+            "optimizer": name,
+            **{
+                f"in {axis}": number(exponent([r for r in rows if r["optimizer"] == name and r["axis"] == axis], axis))
+                for axis in ("pairs", "d", "r")
+            },
+        }
+        for name in dict.fromkeys(row["optimizer"] for row in rows)
+    ]
+
+
+def memory_table() -> list[Row]:
+    """Return a line an optimizer: state and peak against AdamW's."""
+    rows = read_csv(RESULTS / "memory.csv")
+    names = dict.fromkeys(row["optimizer"] for row in rows)
+    lines = []
+    for name in names:
+        line: Row = {"optimizer": name}
+        for row in (row for row in rows if row["optimizer"] == name):
+            line[f"state, {row.get('model', row['pairs'])}"] = number(row["state_ratio"])
+            line[f"peak, {row.get('model', row['pairs'])}"] = number(row["peak_ratio"])
+        lines.append(line)
+    return lines
+
+
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return ""
+    known = row["ratio_p10"] is not None
+    return f"{row['ratio']:.3g}" + (f" ({row['ratio_p10']:.3g} to {row['ratio_p90']:.3g})" if known else "")
+
+
+def fill(text: str, name: str, body: str) -> str:
+    """Replace what stands between the markers of a table."""
+    pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write results/tables.md and README's tables."""
+    runs = Runs()
+    tables: dict[str, Callable[[], list[Row]]] = {
+        "quality": lambda: quality_table(runs),
+        "steps": lambda: steps_table(runs),
+        "parameters": lambda: parameters_table(runs),
+        **{f"task {task}": lambda task=task: task_table(runs, task) for task in runs.tasks()},
+        "ablations": ablation_table,
+        "step time, few pairs": lambda: step_time_table("blocks", "d"),
+        "step time, models": lambda: step_time_table("models", "model"),
+        "step time, split": lambda: step_time_table("split", "pairs"),
+        "step time, hooks": lambda: step_time_table("capture", "pairs"),
+        "growth": growth_table,
+        "memory": memory_table,
+    }
+    readme = README.read_text(encoding="utf-8")
+    out = ["# Tables of the benchmarks\n", "Written by `python benchmarks/report.py` from the CSVs beside this file.\n"]
+    for name, make in tables.items():
+        rows = make()
+        if not rows:
+            continue
+        body = table(rows, list(dict.fromkeys(key for row in rows for key in row)))
+        title = TASKS[name.removeprefix("task ")].title if name.startswith("task ") else name
+        out.append(f"## {title}\n\n{body}\n")
+        readme = fill(readme, name, body)
+    (RESULTS / "tables.md").write_text("\n".join(out), encoding="utf-8")
+    README.write_text(readme, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
