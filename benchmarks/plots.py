@@ -207,12 +207,16 @@ def split() -> None:
     rows: list[Row] = step_times("split")
     if len(rows) < 4:
         return
-    ms = [row["median_ms"] for row in rows]
-    parts = {"AdamW fused": ms[0], "update": ms[1], "statistics": ms[2] - ms[1], "inversion": ms[3] - ms[2]}
     figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
-    axis.barh(list(parts), list(parts.values()), color=["#222222", "#d62728", "#ff9896", "#9467bd"])
+    ratio = [row["ratio"] for row in rows]
+    spread = [[row["ratio"] - row["ratio_p10"] for row in rows], [row["ratio_p90"] - row["ratio"] for row in rows]]
+    names = [row["optimizer"] for row in rows]
+    axis.barh(names, ratio, xerr=spread, capsize=3, color=["#222222", "#ff9896", "#d62728", "#9467bd"])
     axis.invert_yaxis()
-    axis.set(xlabel="ms a step", title=f"{rows[0]['pairs']} pairs, d = {rows[0]['d']}, r = {rows[0]['r']}")
+    axis.set(
+        xlabel="ratio to fused AdamW, median and 10 to 90 %",
+        title=f"{rows[0]['pairs']} pairs, d = {rows[0]['d']}, r = {rows[0]['r']}",
+    )
     figure.savefig(RESULTS / "split.png", dpi=DPI)
     plt.close(figure)
 
