@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, read_csv, rounded, table, write_csv
+from harness import RESULTS, Row, read_csv, rounded, spread, table, write_csv
 
 from curvopt import GoRAInit, GritKFAC
 from curvopt.demo import task as demo
@@ -91,11 +91,6 @@ def run(start: str, name: str, seed: int, base: Any, domains: Any, args: argpars
     return row, layers
 
 
-def shown(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
-
-
 def summarise(rows: list[Row]) -> list[Row]:
     """Return a line for each start and optimizer, with the paired difference to uniform ranks and AdamW."""
     base = {row["seed"]: row for row in rows if (row["start"], row["optimizer"]) == ("LoRA", "AdamW")}
@@ -108,9 +103,9 @@ def summarise(rows: list[Row]) -> list[Row]:
                 "parameters": f"{statistics.fmean(r['parameters'] for r in own):,.0f}",
             }
             for key in ("fine_tuning_before", "fine_tuning_after", "held_out_after", "retention_after"):
-                line[key.replace("_", " ")] = shown([row[key] for row in own])
+                line[key.replace("_", " ")] = spread([row[key] for row in own])
             after = [row["fine_tuning_after"] - base[row["seed"]]["fine_tuning_after"] for row in own]
-            line["Δ after"] = shown(after) if (start, name) != ("LoRA", "AdamW") else ""
+            line["Δ after"] = spread(after) if (start, name) != ("LoRA", "AdamW") else ""
             if start == "GoRA":
                 plain = statistics.median(base[row["seed"]]["step_seconds"] for row in own)
                 steps = statistics.median(row["calibration_seconds"] for row in own) / plain

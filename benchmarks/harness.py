@@ -102,6 +102,11 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(times), "p10_ms": tenths[0], "p90_ms": tenths[8]}
 
 
+def spread(values: Sequence[float]) -> str:
+    """Return "mean ± standard deviation" for a table."""
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
+
+
 def ratios(times: Mapping[str, Sequence[float]], name: str, base: str) -> dict[str, float]:
     """Return median and quantiles of the block-by-block ratio of one contestant to another."""
     paired = sorted(a / b for a, b in zip(times[name], times[base], strict=True))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, read_csv, rounded, stamp, table, write_csv
+from harness import RESULTS, Row, read_csv, rounded, spread, stamp, table, write_csv
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
@@ -150,11 +150,6 @@ def best(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def curve(rows: Sequence[Row], key: str) -> dict[int, list[float]]:
     """Return {rank: one value per seed}."""
     return {rank: [r[key] for r in rows if r["rank"] == rank] for rank in sorted({row["rank"] for row in rows})}
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
 
 
 def areas(rows: Sequence[Row], scale: str, key: str = "accuracy") -> list[float]:

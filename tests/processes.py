@@ -204,3 +204,15 @@ def plain(world, build, **kwargs):
     """Return a sharded model and its optimizer."""
     kwargs["process_group"] = world.statistics
     return made(build, kwargs, False, lambda model: shard(model, world.mesh))
+
+
+def bytes_by_step(model, optimizer, world, patch):
+    """Return what each of four steps on this process's share of the batches sent."""
+    counts = []
+    for i in range(4):
+        optimizer.zero_grad()
+        loss(model, i, world.rank, world.size).backward()
+        with counted(patch) as sent:
+            optimizer.step()
+        counts.append(sum(sent.values()))
+    return counts

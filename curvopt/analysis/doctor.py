@@ -15,7 +15,7 @@ from curvopt.analysis.findings import Finding, Report, report
 from curvopt.analysis.spectra import spectrum
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, find_skipped
 from curvopt.optim import GritKFAC, RankSpaceOptimizer
-from curvopt.optim.base import check, is_number
+from curvopt.optim.checking import check, is_number
 from curvopt.optim.grit.report import diagnose, live_rank
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvopt.analysis.core import Core, Factors, cores
 from curvopt.analysis.spectra import effective_rank
-from curvopt.optim.base import check, is_number
+from curvopt.optim.checking import check, is_number
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ class Capture:
         self._static = static
         self._sums: dict[LoraPair, Sums] = {}
         self._waiting: list[_Product] = []
+        self._waiting_bytes = 0
         self._hooked: dict[LoraPair, tuple[weakref.ref[nn.Module], RemovableHandle]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class Capture:
         return {key: self.__dict__[key] for key in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, mask=None, _ops=Ops("torch"), _sums={}, _waiting=[], _hooked={})
+        self.__dict__.update(state, mask=None, _ops=Ops("torch"), _sums={}, _waiting=[], _waiting_bytes=0, _hooked={})
 
     def attach(self) -> None:
         """Put the hooks on; modules that were replaced since the last call are hooked anew."""
@@ -129,7 +130,7 @@ class Capture:
 
     def discard(self) -> None:
         """Forget the sums since the last `pop`."""
-        self._waiting, self.mask = [], None
+        self._waiting, self._waiting_bytes, self.mask = [], 0, None
         if not self._static:
             self._sums = {}
         for s in self._sums.values():
@@ -150,7 +151,8 @@ class Capture:
         limit = self._limit if self._limit is not None else 0 if u.device.type == "cpu" else WAITING
         if limit > 0:
             self._waiting += [_Product(sums.uu, u, mask), _Product(sums.dd, d, mask)]
-            if sum(p.z.numel() * p.z.element_size() for p in self._waiting) > limit:
+            self._waiting_bytes += u.nbytes + d.nbytes
+            if self._waiting_bytes > limit:
                 self._sum_up()
             return
         for S, z in ((sums.uu, u.to(dtype)), (sums.dd, d.to(dtype))):
@@ -166,7 +168,7 @@ class Capture:
             masks = [p.mask for p in products if p.mask is not None]
             G = self._ops("gram_many", [p.z for p in products], None, masks or None)
             torch._foreach_add_([p.into for p in products], list(G.unbind()))
-        self._waiting = []
+        self._waiting, self._waiting_bytes = [], 0
 
 
 @dataclass

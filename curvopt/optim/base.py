@@ -1,7 +1,6 @@
 """RankSpaceOptimizer: params in, pairs found, state stacked, gradients checked. The methods live in its subclasses."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,22 +12,10 @@ from curvopt.distributed import any_nonfinite, groups_of, local
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, pair_by_name
 from curvopt.ops import Ops
 from curvopt.optim import loading
+from curvopt.optim.checking import check, is_number
 from curvopt.optim.places import Places, describe_names, trainable
 from curvopt.optim.scratch import Scratch
 from curvopt.optim.stacks import Side, Stack, partition
-
-
-def check(name: str, value: Any, fine: bool, allowed: str) -> None:
-    """Raise a ValueError that names the argument, its value and what is allowed, unless ``fine``."""
-    if not fine:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite real number or a 0-d tensor (whose value is not read)."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class RankSpaceOptimizer(torch.optim.Optimizer):

@@ -6,7 +6,7 @@ parameters are DTensors the stack holds this process's pieces, and what ``optimi
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,12 @@ class Stack:
     def group(self) -> dict[str, Any]:
         """The param group of the sides."""
         return self.sides[0].group
+
+    @property
+    def hyper(self) -> Hyper:
+        """What AdamW takes from the group, as it is now."""
+        g = self.group
+        return Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
 
     @property
     def rank_dim(self) -> int:
@@ -220,29 +226,27 @@ class Stack:
         Matrices split along their rank are not at hand in the layout of the state: the rule then works on zeros, and
         what it adds to them is the update.
         """
-        g, s, shards = self.group, self.state, self.shards
-        crossed = shards is not None and shards.crossed
-        self._delta = torch.zeros_like(self.stacked_grads) if crossed else None
-        decay = 0.0 if crossed else g["weight_decay"]
+        s, shards, hyper, params = self.state, self.shards, self.hyper, self.matrices
+        if shards is not None and shards.crossed:
+            self._delta = torch.zeros_like(self.stacked_grads)
+            params, hyper = list(self._delta.unbind()), replace(hyper, weight_decay=0.0)
         return Slab(
-            params=self.matrices if self._delta is None else list(self._delta.unbind()),
+            params=params,
             grads=self.grads,
             exp_avg=s["exp_avg"],
             exp_avg_sq=s["exp_avg_sq"],
             step=s["step"],
             rank_dim=self.rank_dim,
             matrix=matrix,
-            hyper=Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], decay, g["maximize"]),
+            hyper=hyper,
             spare=spare,
-            reduce=shards.sum_ if shards is not None and g.get("update") == "momentum" else None,
+            reduce=shards.sum_ if shards is not None and self.group.get("update") == "momentum" else None,
         )
 
     def finish(self, found_inf: Tensor) -> None:
         """Bring an update that `slab` had made elsewhere to the parameters, and let go of the gradients."""
         if self._delta is not None:
-            g, delta = self.group, self._as_held(self._delta)
-            hyper = Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
-            apply_delta(self.matrices, hyper, delta, found_inf)
+            apply_delta(self.matrices, self.hyper, self._as_held(self._delta), found_inf)
             self._delta = None
         self.release_grads()
 
@@ -285,15 +289,3 @@ def partition(sides: Iterable[Side], states: dict[Tensor, dict[str, Any]]) -> li
         key = (*side.key(), -1 if step is None else int(step))
         stacks.setdefault(key, Stack([])).sides.append(side)
     return list(stacks.values())
-
-
-def sliced(side: Side, state: dict[str, Any], k: int) -> dict[str, Any]:
-    """Return copies of a parameter's state cut to its first k directions."""
-    r, cut = side.pair.rank, {}
-    for key, value in state.items():
-        if key.startswith("exp_avg"):
-            value = value.narrow(side.rank_dim - 1, 0, k)
-        elif value.shape == (r, r):
-            value = value[:k, :k]
-        cut[key] = value.clone()
-    return cut

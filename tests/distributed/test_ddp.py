@@ -99,14 +99,7 @@ def bytes_sent(world, patch):
     """Return what each step sent and what the optimizer says a step sends."""
     model = processes.ddp(models.llama(start="random"), world)
     optimizer = GritKFAC(model, lr=3e-3, process_group=world.group, factor_every=2)
-    counts = []
-    for i in range(4):
-        optimizer.zero_grad()
-        processes.loss(model, i, world.rank, world.size).backward()
-        with processes.counted(patch) as sent:
-            optimizer.step()
-        counts.append(sum(sent.values()))
-    return counts, optimizer.diagnostics()["bytes_sent"]
+    return processes.bytes_by_step(model, optimizer, world, patch), optimizer.diagnostics()["bytes_sent"]
 
 
 def sums(world):

@@ -52,14 +52,7 @@ def broken_step(world):
 def bytes_sent(world, patch, kwargs):
     """Return what each of some steps sent, and what the optimizer says a step sends."""
     model, optimizer = plain(world, odd32, **kwargs)
-    counts = []
-    for i in range(4):
-        optimizer.zero_grad()
-        processes.loss(model, i, world.rank, world.size).backward()
-        with processes.counted(patch) as sent:
-            optimizer.step()
-        counts.append(sum(sent.values()))
-    return counts, optimizer.diagnostics()["bytes_sent"]
+    return processes.bytes_by_step(model, optimizer, world, patch), optimizer.diagnostics()["bytes_sent"]
 
 
 def refused(world, everybody):

@@ -11,7 +11,7 @@ from curvopt.functional.ranks import ALLOCATIONS, BUDGET_WEIGHTS
 from curvopt.lora import LoraPair
 from curvopt.lora.gradients import base_layer, layer_shape
 from curvopt.lora.resize import check_resize
-from curvopt.optim.base import check, is_number
+from curvopt.optim.checking import check, is_number, is_whole
 from curvopt.optim.gora.calibration import IMPORTANCES
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def check_group(g: dict[str, Any]) -> None:
     for name, allowed in choices.items():
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
     for name in ("rank", "min_rank", "max_rank", "calibration_steps"):
-        whole = isinstance(g[name], int) and not isinstance(g[name], bool)
-        check(name, g[name], whole and g[name] >= 1, "an integer ≥ 1")
+        check(name, g[name], is_whole(g[name]) and g[name] >= 1, "an integer ≥ 1")
     check("min_rank", g["min_rank"], g["min_rank"] <= g["max_rank"], f"at most max_rank ({g['max_rank']})")
     within = g["min_rank"] <= g["rank"] <= g["max_rank"]
     check("rank", g["rank"], within, f"between min_rank ({g['min_rank']}) and max_rank ({g['max_rank']})")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from curvopt.functional.ranks import RankPlan, allocate
 from curvopt.lora import LoraPair
 from curvopt.lora.gradients import layer_shape
-from curvopt.optim.base import RankSpaceOptimizer, check
+from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.checking import check
 from curvopt.optim.gora import checks, handover
 from curvopt.optim.gora.calibration import KEYS, Calibration, write_start
 

@@ -14,7 +14,7 @@ from curvopt.optim.base import RankSpaceOptimizer
 from curvopt.optim.grit import matrices, report, reproject, settings
 from curvopt.optim.grit.matrices import MATRICES
 from curvopt.optim.grit.statistics import Observer
-from curvopt.optim.stacks import Stack, sliced
+from curvopt.optim.stacks import Side, Stack
 
 T = TypeVar("T", bound="GritKFAC")
 
@@ -203,7 +203,7 @@ class GritKFAC(RankSpaceOptimizer):
         for pair in smaller:
             k = live[pair.name]
             sides = [s for s in self._sides if s.pair is pair]
-            states = [sliced(s, self.state[s.param], k) for s in sides]
+            states = [_sliced(s, self.state[s.param], k) for s in sides]
             resize_pair(pair, k)
             for s, state in zip(sides, states, strict=True):
                 self.state[s.param] = state
@@ -283,3 +283,15 @@ def _due(stacks: Sequence[Stack], every: str) -> list[Stack]:
         if since >= 0 and since % g[every] == 0:
             due.append(stack)
     return due
+
+
+def _sliced(side: Side, state: dict[str, Any], k: int) -> dict[str, Any]:
+    """Return copies of a parameter's state cut to its first k directions."""
+    r, cut = side.pair.rank, {}
+    for key, value in state.items():
+        if key.startswith("exp_avg"):
+            value = value.narrow(side.rank_dim - 1, 0, k)
+        elif value.shape == (r, r):
+            value = value[:k, :k]
+        cut[key] = value.clone()
+    return cut

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from curvopt.functional.update import RULES
-from curvopt.optim.base import check, is_number
+from curvopt.optim.checking import check, is_number, is_whole
 from curvopt.optim.stacks import Side
 
 STATISTICS = ("activation", "gradient", "weight")
@@ -28,8 +28,7 @@ def check_group(g: dict[str, Any]) -> None:
     for name, least in (
         ("factor_every", 1), ("inverse_every", 1), ("warmup_steps", 0), ("reproject_every", 0), ("min_rank", 1),
     ):  # fmt: skip
-        whole = isinstance(g[name], int) and not isinstance(g[name], bool)
-        check(name, g[name], whole and g[name] >= least, f"an integer ≥ {least}")
+        check(name, g[name], is_whole(g[name]) and g[name] >= least, f"an integer ≥ {least}")
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
 

@@ -17,7 +17,8 @@ from curvopt.functional.nested import (
     sampled_rank,
 )
 from curvopt.lora import LoraPair
-from curvopt.optim.base import RankSpaceOptimizer, check
+from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.checking import check, is_whole
 from curvopt.optim.stacks import Side
 
 NESTINGS = ("matryoshka", "dylora", "lora")
@@ -131,7 +132,7 @@ def check_group(g: dict[str, Any]) -> None:
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
     ranks = g["ranks"]
     listed = isinstance(ranks, (list, tuple)) and len(ranks) > 0
-    whole = listed and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in ranks)
+    whole = listed and all(is_whole(k) and k >= 1 for k in ranks)
     ascending = whole and all(a < b for a, b in itertools.pairwise(ranks))
     check("ranks", ranks, ranks is None or ascending, "None or ascending integers ≥ 1")
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from curvopt.distributed import any_nonfinite, is_sharded
 from curvopt.functional.nested import RowSlab
-from curvopt.functional.update import Hyper
 from curvopt.lora import LoraPair
 from curvopt.optim.base import RankSpaceOptimizer
 from curvopt.optim.matryoshka import nests, truncation
@@ -153,10 +152,9 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
 
     def _slab(self, stack: Stack) -> RowSlab:
         """Return this stack as `row_update` takes it; views of parameters and moments are kept between steps."""
-        g, s = stack.group, stack.state
+        s, hyper = stack.state, stack.hyper
         addresses = [side.param.data_ptr() for side in stack.sides]
         slab, known = self._slabs.get(stack, (None, []))
-        hyper = Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
         if slab is None or known != addresses:
             first = stack.sides[0]
             params = list(s["full"].unbind()) if "full" in s else stack.matrices

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from curvopt.lora import LoraPair, export_adapter, find_lora_pairs
-from curvopt.optim.base import check
+from curvopt.optim.checking import check, is_whole
 from curvopt.optim.matryoshka.nests import Nest, scaled_rows
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def resolve(nests: Mapping[LoraPair, Nest], rank: Any, strict: bool) -> dict[Lor
     Raises:
         ValueError: it is no rank of any pair, or, if ``strict``, one that was not trained.
     """
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    whole = is_whole(rank)
     trained = sorted({k for nest in nests.values() for k in nest.ranks})
     most = max((trained if strict else [nest.pair.rank for nest in nests.values()]), default=0)
     if strict:

@@ -1,0 +1,24 @@
+"""What every argument is checked with."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def check(name: str, value: Any, fine: bool, allowed: str) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed, unless ``fine``."""
+    if not fine:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite real number or a 0-d tensor (whose value is not read)."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is an int, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
