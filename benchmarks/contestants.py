@@ -121,6 +121,7 @@ def _natural(task: Any, model: nn.Module, lr: float, steps: int) -> Optimizers:
 CONTESTANTS: dict[str, Contestant] = {
     "AdamW": Contestant(adamw()),
     "GritKFAC": Contestant(grit()),
+    "GritKFAC eigen": Contestant(grit(update="eigen")),
     "GritKFAC, ranks": Contestant(grit_ranks(0.99)),
     "GoRA + AdamW": Contestant(gora(adamw())),
     "GoRA + GritKFAC": Contestant(gora(grit())),

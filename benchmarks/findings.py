@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, Row, read_csv
+from training import SEARCH_SEED
 
 BASE = "AdamW"
 
@@ -34,7 +35,7 @@ def shown(values: Sequence[float], digits: int = 4, sign: bool = False) -> str:
 
 
 class Runs:
-    """All runs of one log, by task and optimizer.
+    """All runs of one log, by task and optimizer; what chose the learning rates is left out of the results.
 
     Args:
         path: results CSV; the curves lie beside it.
@@ -50,15 +51,13 @@ class Runs:
 
     def optimizers(self, task: str) -> list[str]:
         """Optimizers of a task, AdamW first."""
-        found = dict.fromkeys(row["optimizer"] for row in self.rows if row["task"] == task and row["horizon"] == 1)
-        return sorted(found, key=lambda name: name != BASE)
+        found = dict.fromkeys(row["optimizer"] for row in self.rows if row["task"] == task)
+        return sorted((name for name in found if self.best(task, name)), key=lambda name: name != BASE)
 
     def rate(self, task: str, name: str) -> float:
-        """Return the learning rate with the most seeds, of those the one with the lowest validation loss."""
-        by_rate: dict[float, list[float]] = {}
-        for row in self._of(task, name, 1.0):
-            by_rate.setdefault(row["lr"], []).append(row["valid"])
-        return min(by_rate, key=lambda lr: (-len(by_rate[lr]), statistics.fmean(by_rate[lr])))
+        """Return the learning rate with the lowest validation loss in the search."""
+        found = [row for row in self._of(task, name, 1.0) if row["seed"] == SEARCH_SEED]
+        return float(min(found, key=lambda row: row["valid"])["lr"])
 
     def at_edge(self, task: str, name: str) -> bool:
         """Whether the best learning rate is the highest or lowest of the grid."""
@@ -69,12 +68,12 @@ class Runs:
     def best(self, task: str, name: str, horizon: float = 1.0) -> dict[int, Row]:
         """Return the runs at the best learning rate by seed."""
         lr = self.rate(task, name)
-        return {row["seed"]: row for row in self._of(task, name, horizon) if row["lr"] == lr}
+        return _by_seed(self._of(task, name, horizon), lr)
 
     def curves(self, task: str, name: str) -> dict[int, Row]:
         """Return the curves at the best learning rate by seed."""
         lr = self.rate(task, name)
-        return {row["seed"]: row for row in _select(self._curves, task, name, 1.0) if row["lr"] == lr}
+        return _by_seed(_select(self._curves, task, name, 1.0), lr)
 
     def column(self, task: str, name: str, key: str, horizon: float = 1.0) -> list[float]:
         """Return one column of the best runs."""
@@ -129,6 +128,10 @@ class Runs:
 
 def _select(rows: Iterable[Row], task: str, name: str, horizon: float | None) -> list[Row]:
     return [r for r in rows if r["task"] == task and r["optimizer"] == name and horizon in (None, r["horizon"])]
+
+
+def _by_seed(rows: Iterable[Row], lr: float) -> dict[int, Row]:
+    return {row["seed"]: row for row in rows if row["lr"] == lr and row["seed"] != SEARCH_SEED}
 
 
 def _meets(clock: Sequence[float], values: Sequence[float], goal: float) -> float:

@@ -73,9 +73,10 @@ def updates(L: int, r: int, d: int) -> Iterator[Work]:
     for p, g in zip(params, [g for s in given for g in s.grads], strict=True):
         p.grad = g.clone()
     adamw = torch.optim.AdamW(params, lr=1e-4, fused=True)
-    for rule in ("adam", "eigen", "whiten", "momentum"):
-        op = f"{rule}_update"
-        moved = (28 if rule != "momentum" else 36) * numbers  # momentum reads m again and writes in a second launch
+    # momentum reads m again and writes in a second launch; polar hands its step to one
+    bytes_per_number = {"polar": 36, "adam": 28, "eigen": 28, "whiten": 28, "momentum": 36}
+    for rule, each in bytes_per_number.items():
+        op, moved = f"{rule}_update", each * numbers
         yield op, "kernel", moved, lambda op=op: kernels.OPS[op](given, found)
         yield op, "reference", moved, lambda op=op: REFERENCE[op](given, found)
         yield op, "torch fused AdamW", 28 * numbers, adamw.step

@@ -20,11 +20,12 @@ from tasks import TASKS
 DPI = 130
 # one colour an optimizer in every plot; those that are not named share a grey
 COLOURS = {
-    "AdamW": "#222222", "GritKFAC": "#d62728", "GritKFAC, ranks": "#ff9896", "GoRA + AdamW": "#7f7f7f",
+    "AdamW": "#222222", "GritKFAC": "#d62728", "GritKFAC eigen": "#ff7f0e", "GritKFAC, ranks": "#ff9896",
+    "GoRA + AdamW": "#7f7f7f",
     "GoRA + GritKFAC": "#9467bd", "LoRA+": "#1f77b4", "SOAP": "#2ca02c", "Riemannian": "#8c564b", "Muon": "#e377c2",
-    "orthogonal": "#17becf", "DoRA": "#bcbd22", "Shampoo": "#ff7f0e", "IA3": "#aec7e8", "natural gradient": "#98df8a",
+    "orthogonal": "#17becf", "DoRA": "#bcbd22", "Shampoo": "#9edae5", "IA3": "#aec7e8", "natural gradient": "#98df8a",
 }  # fmt: skip
-SHOWN = ("AdamW", "GritKFAC", "GoRA + GritKFAC", "LoRA+", "SOAP", "Muon")
+SHOWN = ("AdamW", "GritKFAC", "GritKFAC eigen", "GoRA + GritKFAC", "SOAP", "Muon")
 
 
 def panels(n: int, columns: int = 3, height: float = 3.4) -> tuple[Any, list[Any]]:
@@ -139,32 +140,28 @@ def growth() -> None:
     rows = step_times("axes")
     if not rows:
         return
-    names = [
-        "AdamW fused",
-        "AdamW foreach",
-        "GritKFAC eigen",
-        "GritKFAC adam",
-        "PEFT Riemannian",
-        "PEFT LoRA-FA",
-        "Muon",
-    ]
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))
     figure, axes = panels(3, height=4.4)
     for axis, size in zip(axes, ("r", "pairs", "d"), strict=True):
+        here = [r for r in rows if r["axis"] == size]
+        unit = here[0]["median_ms"]  # the baseline comes first, at the smallest size
         for name, colour in zip(names, plt.get_cmap("tab10").colors, strict=False):
-            own = [r for r in rows if r["axis"] == size and r["optimizer"] == name]
-            if own:
-                label = f"{name}"
-                x = [r[size] for r in own]
-                axis.plot(x, [r["median_ms"] for r in own], marker="o", ms=4, color=colour, label=label)
-                axis.fill_between(
-                    x, [r["p10_ms"] for r in own], [r["p90_ms"] for r in own], color=colour, alpha=0.12, lw=0
-                )
-                text = f" {exponent(own, size):.2f}"
-                axis.annotate(text, (x[-1], own[-1]["median_ms"]), color=colour, fontsize=8, va="center")
+            own = [r for r in here if r["optimizer"] == name]
+            x = [r[size] for r in own]
+            middle, low, high = ([r[key] / unit for r in own] for key in ("median_ms", "p10_ms", "p90_ms"))
+            axis.plot(x, middle, marker="o", ms=4, color=colour, label=name)
+            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+            axis.annotate(f" {exponent(own, size):.2f}", (x[-1], middle[-1]), color=colour, fontsize=8, va="center")
         ticks = sorted({r[size] for r in rows if r["axis"] == size})
         fixed = {k: next(r[k] for r in rows if r["axis"] == size) for k in ("r", "pairs", "d") if k != size}
         title = ", ".join(f"{k} = {v}" for k, v in fixed.items())
-        axis.set(xscale="log", yscale="log", xlabel=size, ylabel="ms a step", title=title)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel=size,
+            ylabel=f"steps of fused AdamW at {size} = {here[0][size]}",
+            title=title,
+        )
         axis.set_xticks(ticks, [str(t) for t in ticks])
         axis.minorticks_off()
         axis.margins(x=0.12)

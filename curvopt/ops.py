@@ -22,6 +22,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "damped_inverse": inverse.damped_inverse,
     "damped_inverse_root": inverse.damped_inverse_root,
     "eigenbasis": inverse.eigenbasis,
+    "polar_update": update.polar_update,
     "eigen_update": update.eigen_update,
     "adam_update": update.adam_update,
     "whiten_update": update.whiten_update,

@@ -27,6 +27,7 @@ def _loaded() -> dict[str, tuple[Callable[..., Any], Callable[..., bool]]]:
         "damped_inverse": (inverse.damped_inverse, inverse.supports),
         "damped_inverse_root": (inverse.damped_inverse_root, inverse.supports),
         "eigenbasis": (eigen.eigenbasis, eigen.supports),
+        "polar_update": (update.polar_update, update.supports_polar),
         "eigen_update": (update.eigen_update, update.supports),
         "adam_update": (update.adam_update, update.supports),
         "whiten_update": (update.whiten_update, update.supports),

@@ -18,10 +18,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eigen, inverse, launch, moments, truncate, update_tiles
+from . import eigen, inverse, launch, moments, polar, truncate, update_tiles
 
 F32, I32, I64 = "*fp32", "*i32", "*i64"
-MODES = {"adam": 0, "eigen": 1, "whiten": 2, "momentum": 3, "graft": 4, "rows": 5}
+MODES = {"adam": 0, "eigen": 1, "whiten": 2, "momentum": 3, "graft": 4, "rows": 5, "polar": 6}
 TYPE_NAMES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
 
@@ -96,14 +96,36 @@ def _eigenbasis(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
 def _update(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     types = {"tiles": I32, "pointers": I64, "meta": I32, "scalars": F32, "partials": F32}
     variants = [(rule, rp, "fp32", "fp32", "fp32", False) for rule in MODES]
-    variants += [("eigen", rp, "bf16", "fp32", "bf16", True), ("eigen", 3 * rp // 4, "bf16", "bf16", "bf16", False)]
+    for rule in ("eigen", "polar"):
+        variants += [(rule, rp, "bf16", "fp32", "bf16", True), (rule, 3 * rp // 4, "bf16", "bf16", "bf16", False)]
     for rule, r, p, g, s, stochastic in variants:
         own = {"MODE": MODES[rule], "R": r, "RP": rp, "BD": c.block, "NP": 512, "PREC": c.precision, "ALIGN": True}
         own |= {"PT": TYPE_NAMES[p], "GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s]}
         own |= {"HAS_M": True, "HAS_K": True, "STOCHASTIC": stochastic}
-        seed = {"seed": I64 if stochastic else F32}
+        last = {"seed": I64 if stochastic else F32, "steps": "*" + p if rule == "polar" else F32}
         label = f"{rule} r={r} p={p} g={g} state={s}" + (" stochastic" if stochastic else "")
-        yield Case(op, label, update_tiles._update, types | seed, own, c)
+        yield Case(op, label, update_tiles._update, types | last, own, c)
+
+
+def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"parts": I32, "pointers": I64, "meta": I32, "scalars": F32, "grams": F32}
+    variants = (("fp32",) * 4, ("bf16", "fp32", "bf16", "bf16"), ("bf16",) * 4, ("fp16", "fp16", "fp16", "fp32"))
+    for n, (p, g, s, u) in enumerate(variants):
+        r = rp if n % 2 == 0 else 3 * rp // 4
+        own = {"T": c.group, "R": r, "RP": rp, "BD": c.block, "UB": 64, "PREC": c.precision, "ALIGN": True}
+        own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_M": True, "HAS_K": True}
+        yield Case(op, f"r={r} p={p} g={g} state={s}", polar._advance, types | {"steps": "*" + u}, own, c)
+
+
+def _compose(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"grams": F32, "roots": F32, "known": "*i8", "pointers": I64, "out": F32}
+    own = {"R": rp, "RP": rp, "BD": c.block, "HAS_KNOWN": True, "PREC": c.precision}
+    yield Case(op, f"r={rp} fp32", polar._compose, types, own, c)
+
+
+def _total(op: str, _: int, c: launch.Config) -> Iterator[Case]:
+    types = {"grams": F32, "ranges": I32, "out": F32}
+    yield Case(op, "16 parts", polar._total, types, {"NP": 16, "RR": 4096, "BLOCK": c.block}, c)
 
 
 def _prepare(op: str, _: int, c: launch.Config) -> Iterator[Case]:
@@ -141,6 +163,9 @@ MAKERS = {
     "rational": _rational,
     "eigenbasis": _eigenbasis,
     "update": _update,
+    "polar": _polar,
+    "compose": _compose,
+    "total": _total,
     "prepare": _prepare,
     "rows": _rows,
     "gram16": _gram,

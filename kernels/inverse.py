@@ -156,11 +156,15 @@ def supports(S: Tensor, damping: float | Tensor = 1.0, k: Tensor | None = None, 
     """Return whether the kernels here take these arguments."""
     matrices = [S] if previous is None else [S, previous]
     fits = S.dim() == 3 and 1 <= S.shape[-1] <= launch.MAX_RANK and S.numel() > 0
+    fits = fits and damps(damping, S.device) and (k is None or _counts(k, S))
+    return fits and launch.plain(matrices, (torch.float32,))
+
+
+def damps(damping: float | Tensor, device: torch.device) -> bool:
+    """Return whether the kernels on this device take this damping."""
     if isinstance(damping, Tensor):
-        fits = fits and damping.device == S.device and damping.numel() == 1
-    else:
-        fits = fits and damping >= LEAST_DAMPING
-    return fits and launch.plain(matrices, (torch.float32,)) and (k is None or _counts(k, S))
+        return damping.device == device and damping.numel() == 1
+    return damping >= LEAST_DAMPING
 
 
 def _counts(k: Tensor, S: Tensor) -> bool:

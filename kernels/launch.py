@@ -29,7 +29,7 @@ class Config:
         block: length of a tile along its long side; 0 where the tile is the r×r matrix itself.
         warps: warps per program.
         stages: software pipelining depth of the loads.
-        group: matrices per program.
+        group: matrices per program, or tiles.
         precision: of products of float32 operands; never plain tf32.
         stack: bytes of stack a thread may take.
     """
@@ -61,6 +61,16 @@ TABLE: dict[tuple[str, int], Config] = {
     ("update", 32): Config(block=32, warps=4),
     ("update", 64): Config(block=64, warps=8, precision="tf32x3"),
     ("update", 128): Config(block=32, warps=8, precision="tf32x3"),
+    # as many tiles a program that its Gram matrix, written and read, is at most one of the 37 bytes an element moves
+    ("polar", 16): Config(block=64, warps=4, group=4),
+    ("polar", 32): Config(block=32, warps=4, group=16),
+    ("polar", 64): Config(block=32, warps=8, group=16, precision="tf32x3"),
+    ("polar", 128): Config(block=32, warps=8, group=32, precision="tf32x3"),
+    ("compose", 16): Config(block=16, warps=1),
+    ("compose", 32): Config(block=32, warps=4),
+    ("compose", 64): Config(block=32, warps=8, precision="tf32x3"),
+    ("compose", 128): Config(block=32, warps=8, precision="tf32x3"),
+    ("total", 0): Config(block=256, warps=2),
     ("prepare", 0): Config(warps=1),
     ("rows", 0): Config(block=1024, warps=4),
     **{("average", rp): Config(warps=w) for rp, w in ((4, 1), (8, 1), (16, 1), (32, 2), (64, 4), (128, 8))},
@@ -82,6 +92,11 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     # tf32x3 does not exist there; float32 matrix instructions do
     ("update", 64, "gfx942"): Config(block=32, warps=4),
     ("update", 128, "gfx942"): Config(block=16, warps=8),
+    ("polar", 128, "sm_80"): Config(block=16, warps=8, group=64, precision="tf32x3"),
+    ("polar", 64, "gfx942"): Config(block=32, warps=4, group=16),
+    ("polar", 128, "gfx942"): Config(block=16, warps=8, group=64),
+    ("compose", 64, "gfx942"): Config(block=32, warps=4),
+    ("compose", 128, "gfx942"): Config(block=16, warps=8),
     ("gram32", 16, "gfx942"): Config(block=64, warps=2),
     ("gram32", 32, "gfx942"): Config(block=32, warps=4),
     ("gram32", 64, "gfx942"): Config(block=32, warps=4),

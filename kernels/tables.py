@@ -7,6 +7,7 @@ uploaded by an eager step before, since a copy from pageable memory cannot be ca
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,31 @@ from torch import Tensor
 LIMIT = 256
 _recent: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 _captured: dict[tuple[Any, ...], Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Matrices of equal rank and dtypes, which share launches.
+
+    Attributes:
+        r: their rank.
+        lengths: the other dimension of each.
+        block: length of the tiles they are cut into.
+        first: number of each one's first tile.
+        counts: how many tiles each has.
+        pointers: on the device, where each and what belongs to it is; columns as the kernels say.
+        meta: on the device, what else there is to know of each, likewise.
+        aligned: whether all rows of all matrices begin at multiples of 16 bytes.
+    """
+
+    r: int
+    lengths: tuple[int, ...]
+    block: int
+    first: list[int]
+    counts: list[int]
+    pointers: Tensor
+    meta: Tensor
+    aligned: bool
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device, key: tuple[Any, ...] = ()) -> Tensor:

@@ -1,10 +1,11 @@
-"""The update rules over slabs: all matrices A and B of a rank in one launch (two for "momentum").
+"""The update rules over slabs: all matrices A and B of a rank in one launch (two for "momentum", five for "polar").
 
 In front runs one program that advances the steps and computes learning rates and bias corrections on the device. The
-formulas and hazards are in `update_tiles`. Beyond the reference's arguments a slab may have ``k``, ``[L]`` int64 live
-ranks: dead directions of the parameter and both moments become exactly zero; ``row_update`` reads ``rates`` instead of
-``matrix``. Gradients may be a list of matrices: nothing has to be stacked. ``rounding`` is a 0-d int64 seed on the
-device for stochastic rounding of bfloat16 parameters; noise differs by seed, matrix, element and step.
+formulas and hazards are in `update_tiles` and `polar`. Slabs of "polar" share launches where ``damping`` is the same
+number or tensor. Beyond the reference's arguments a slab of any rule may have ``k``, ``[L]`` int64 live ranks: dead
+directions of the parameter and both moments become exactly zero; ``row_update`` reads ``rates`` instead of ``matrix``.
+Gradients may be a list of matrices: nothing has to be stacked. ``rounding`` is a 0-d int64 seed on the device for
+stochastic rounding of bfloat16 parameters; noise differs by seed, matrix, element and step.
 
 A learning rate that is a float is uploaded when it changes; under a CUDA graph it must be a tensor on the device. What
 `supports` refuses falls back: float64, wrapper subclasses, non-contiguous views, mixed devices, rank > 128.
@@ -18,8 +19,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables
-from .update_tiles import ADAM, COLUMNS, EIGEN, GRAFT, MOMENTS, ROWS, WHITEN, _prepare, _update
+from . import inverse, launch, polar, tables
+from .update_tiles import ADAM, COLUMNS, EIGEN, GRAFT, MOMENTS, POLAR, ROWS, WHITEN, _prepare, _update
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -27,6 +28,11 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 def adam_update(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = None) -> None:
     """Adam on the preconditioned gradient."""
     _run(slabs, found_inf, (ADAM,), rounding)
+
+
+def polar_update(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = None) -> None:
+    """Adam in the eigenbasis, then its step with singular values made alike, matrix by matrix."""
+    _run(slabs, found_inf, (POLAR,), rounding)
 
 
 def eigen_update(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = None) -> None:
@@ -52,6 +58,17 @@ def row_update(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None 
 def supports(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = None) -> bool:
     """Return whether the kernels here take these arguments; all slabs must be on the device of ``found_inf``."""
     return bool(slabs) and found_inf.dtype.is_floating_point and all(_fits(s, found_inf.device) for s in slabs)
+
+
+def supports_polar(slabs: Sequence[Any], found_inf: Tensor, rounding: Tensor | None = None) -> bool:
+    """Return whether `polar_update` takes these arguments."""
+    device = found_inf.device
+    flags = [s.known for s in slabs if s.known is not None]
+    return (
+        supports(slabs, found_inf, rounding)
+        and all(inverse.damps(s.damping, device) for s in slabs)
+        and (not flags or (launch.plain(flags, (torch.bool,)) and flags[0].device == device))
+    )
 
 
 def _fits(s: Any, device: torch.device) -> bool:
@@ -95,10 +112,16 @@ def _run(slabs: Sequence[Any], found_inf: Tensor, modes: tuple[int, ...], roundi
     scalars = _scalars(slabs, found_inf)
     buckets: dict[tuple[Any, ...], list[int]] = {}
     for n, s in enumerate(slabs):
-        kind = (s.exp_avg.shape[s.rank_dim], s.params[0].dtype, s.grads[0].dtype, s.exp_avg.dtype)
+        damping = _same(s.damping) if POLAR in modes else None
+        kind = (damping, s.exp_avg.shape[s.rank_dim], s.params[0].dtype, s.grads[0].dtype, s.exp_avg.dtype)
         buckets.setdefault(kind, []).append(n)
-    for (r, *dtypes), members in buckets.items():
+    for (_, r, *dtypes), members in buckets.items():
         _launch([(n, slabs[n]) for n in members], scalars, modes, r, dtypes, rounding)
+
+
+def _same(damping: float | Tensor) -> tuple[bool, float]:
+    """Return what is equal for dampings that are known to be equal on the host."""
+    return (True, damping.data_ptr()) if isinstance(damping, Tensor) else (False, damping)
 
 
 def _scalars(slabs: Sequence[Any], found_inf: Tensor) -> Tensor:
@@ -133,35 +156,58 @@ def _launch(
     dtypes: Sequence[torch.dtype],
     rounding: Tensor | None,
 ) -> None:
-    device, rp = scalars.device, launch.padded(r, 16)
+    rp = launch.padded(r, 16)
     c = launch.config("update", rp)
     assert c is not None, "refused by supports()"
-    lengths = tuple(_length(s) for _, s in slabs for _ in s.params)
-    tiles, first = tables.tiling(lengths, c.block)
-    counts = [-(-n // c.block) for n in lengths]
-    owners = [(n, s) for n, s in slabs for _ in s.params]
-    meta: list[int] = []
-    for t, (n, s) in enumerate(owners):
-        meta += (lengths[t], s.rank_dim, n, first[t], counts[t])
-    of_rows = ROWS in modes
-    pointers = [a for _, s in slabs for row in _pointers(s, of_rows) for a in row]
-    operand = _rates if of_rows else _matrix
-    aligned = all(n % 16 == 0 for n in lengths) and all(a % 16 == 0 for t in range(4) for a in pointers[t::6])
-    partials = scalars
+    b = _bucket(slabs, r, c.block, ROWS in modes, scalars.device)
+    tiles = tables.tiling(b.lengths, c.block)[0]
+    operand = _rates if ROWS in modes else _matrix
+    has_m = any(operand(s) is not None for _, s in slabs)
+    has_k = any(_live(s) is not None for _, s in slabs)
+    types = [TYPES[dtype] for dtype in dtypes]
+    partials = steps = scalars
     if MOMENTS in modes:
-        partials = torch.empty(len(tiles), dtype=torch.float32, device=device)
+        partials = torch.empty(len(tiles), dtype=torch.float32, device=scalars.device)
+    if POLAR in modes:
+        wide = torch.float32 if dtypes[0] == torch.float16 else dtypes[0]
+        steps = torch.empty(sum(b.counts) * b.block * r, dtype=wide, device=scalars.device)
+        k = _joined([(len(s.params), _live(s)) for _, s in slabs], r, torch.int64, scalars)
+        known = _joined([(len(s.params), s.known) for _, s in slabs], 1, torch.bool, scalars)
+        partials = polar.advance(b, scalars, steps, slabs[0][1].damping, k, known, types[1:], has_m)
     stochastic = rounding is not None and dtypes[0] == torch.bfloat16
     for mode in modes:
         _update[(len(tiles) // 2,)](
-            tables.on_device(tiles, torch.int32, device, key=("tiles", lengths, c.block)),
-            tables.on_device(pointers, torch.int64, device),
-            tables.on_device(meta, torch.int32, device),
-            scalars, partials, rounding if stochastic else scalars,
-            MODE=mode, R=r, RP=rp, BD=c.block, NP=launch.padded(max(counts), 1),
-            PT=TYPES[dtypes[0]], GT=TYPES[dtypes[1]], ST=TYPES[dtypes[2]], PREC=c.precision,
-            HAS_M=any(operand(s) is not None for _, s in slabs), HAS_K=any(_live(s) is not None for _, s in slabs),
-            STOCHASTIC=stochastic, ALIGN=aligned, num_warps=c.warps, num_stages=c.stages,
+            tables.on_device(tiles, torch.int32, scalars.device, key=("tiles", b.lengths, c.block)),
+            b.pointers, b.meta, scalars, partials, rounding if stochastic else scalars, steps,
+            MODE=mode, R=r, RP=rp, BD=c.block, NP=launch.padded(max(b.counts), 1),
+            PT=types[0], GT=types[1], ST=types[2], PREC=c.precision,
+            HAS_M=has_m, HAS_K=has_k, STOCHASTIC=stochastic, ALIGN=b.aligned, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
+
+
+def _bucket(slabs: list[tuple[int, Any]], r: int, block: int, of_rows: bool, device: torch.device) -> tables.Bucket:
+    """Upload (p, g, m, v, M, k) and (d, side, slab, first tile, tiles) of every matrix."""
+    owners = [(n, s) for n, s in slabs for _ in s.params]
+    lengths = tuple(_length(s) for _, s in owners)
+    first = tables.tiling(lengths, block)[1]
+    counts = [-(-n // block) for n in lengths]
+    meta: list[int] = []
+    for t, (n, s) in enumerate(owners):
+        meta += (lengths[t], s.rank_dim, n, first[t], counts[t])
+    pointers = [a for _, s in slabs for row in _pointers(s, of_rows) for a in row]
+    aligned = all(n % 16 == 0 for n in lengths) and all(a % 16 == 0 for t in range(4) for a in pointers[t::6])
+    return tables.Bucket(
+        r, lengths, block, first, counts,
+        tables.on_device(pointers, torch.int64, device), tables.on_device(meta, torch.int32, device), aligned,
+    )  # fmt: skip
+
+
+def _joined(given: list[tuple[int, Tensor | None]], default: int, dtype: torch.dtype, like: Tensor) -> Tensor | None:
+    """Return what is ``given`` as (how many matrices, a value for each, or None for ``default``); None if all are."""
+    if all(values is None for _, values in given):
+        return None
+    every = [tables.on_device([default] * L, dtype, like.device) for L, _ in given]
+    return torch.cat([d if values is None else values for d, (_, values) in zip(every, given, strict=True)])
 
 
 def _length(s: Any) -> int:

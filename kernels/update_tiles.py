@@ -7,7 +7,8 @@ With M the rule's matrix, everything rank first, and γ = maximize ? −∇ : �
 with M₁, M₂ = P, I (adam); Qᵀ, Q (eigen); R, R (whiten). momentum takes z = γ and −P m ‖δ‖/‖P m‖ for the step: a first
 launch writes moments and partial norms, a second one, in which every tile adds its matrix' partials up in the same
 order, the parameters. rows is Adam with δ_i = −p_i (lr/c₁) m / (√v/√c₂ + ε/p_i) in direction i, p_i being
-MatryoshkaLoRA's diagonal. In front runs one program that advances the steps and turns ``hyper`` into ``scalars``.
+MatryoshkaLoRA's diagonal. polar only takes p ← p (1 − lr·wd) + M δ here, M and δ are made by `polar`. In front runs one
+program that advances the steps and turns ``hyper`` into ``scalars``.
 
 Hazards. Never autotune: the kernels work in place and a tuner replays them. Learning rates, steps and found_inf are
 read on the device. Matrices are addressed by int64 pointers, inside a matrix by int32. Pointers lose alignment, and
@@ -18,7 +19,7 @@ are selected away, not multiplied: 0 · NaN is NaN.
 import triton
 import triton.language as tl
 
-ADAM, EIGEN, WHITEN, MOMENTS, GRAFT, ROWS = range(6)  # values of MODE
+ADAM, EIGEN, WHITEN, MOMENTS, GRAFT, ROWS, POLAR = range(7)  # values of MODE
 COLUMNS = 9  # of ``scalars``
 
 
@@ -114,7 +115,7 @@ def _moments(m_ptr, v_ptr, at, inside, alive, z, b1, b2, ST: tl.constexpr):
 
 @triton.jit
 def _tile(
-    p_ptr, g_ptr, m_ptr, v_ptr, M, k_ptr, scalars, partials, first, tiles, seed, tensor, d0, D,
+    p_ptr, g_ptr, m_ptr, v_ptr, M, k_ptr, scalars, partials, first, tiles, seed, steps, d0, D,
     SIDE: tl.constexpr, MODE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr,
     PT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr, HAS_M: tl.constexpr, HAS_K: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -151,6 +152,10 @@ def _tile(
         graft = tl.sum(tl.load(partials + 2 * (first + q), mask=q < tiles, other=0.0), 0)
         length = tl.sum(tl.load(partials + 2 * (first + q) + 1, mask=q < tiles, other=0.0), 0)
         step = step * tl.where(length > 0, tl.sqrt(graft) / tl.sqrt(tl.where(length > 0, length, 1.0)), 0.0)
+    elif MODE == 6:
+        to = i * (tiles * BD) + j if SIDE == 1 else at
+        step = -rate * tl.load(steps + first.to(tl.int64) * (R * BD) + to, mask=inside, other=0.0).to(tl.float32)
+        step = _apply(M, tl.where(alive, step, 0.0), False, SIDE, R, RP, BD, PREC)
     else:
         z = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars + 7)
         z = tl.where(alive, z, 0.0)
@@ -176,7 +181,7 @@ def _tile(
 
 @triton.jit
 def _update(
-    tiles, pointers, meta, scalars, partials, seed,
+    tiles, pointers, meta, scalars, partials, seed, steps,
     MODE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr,
     PT: tl.constexpr, GT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr,
     HAS_M: tl.constexpr, HAS_K: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGN: tl.constexpr,
@@ -184,7 +189,7 @@ def _update(
     """Run `_tile` for tile ``tiles[pid]`` = (tensor, block).
 
     ``pointers[tensor]`` = (p, g, m, v, M, k), null for no M or k; ``meta[tensor]`` = (d, side, slab, first
-    tile, tiles).
+    tile, tiles). For polar ``partials`` are the matrices [tensors, R, R], and ``steps`` what `polar._advance` left.
     """
     pid = tl.program_id(0)
     tensor = tl.load(tiles + 2 * pid)
@@ -194,7 +199,8 @@ def _update(
     g_ptr = tl.load(at + 1).to(tl.pointer_type(GT))
     m_ptr = tl.load(at + 2).to(tl.pointer_type(ST))
     v_ptr = tl.load(at + 3).to(tl.pointer_type(ST))
-    M = tl.load(at + 4).to(tl.pointer_type(tl.float32))
+    # made in between, or in a fixed place
+    M = partials + tensor.to(tl.int64) * (R * R) if MODE == 6 else tl.load(at + 4).to(tl.pointer_type(tl.float32))
     k_ptr = tl.load(at + 5).to(tl.pointer_type(tl.int64))
     D = tl.load(info)
     d0 = tl.multiple_of(d0, BD)
@@ -211,11 +217,11 @@ def _update(
         # two calls, not one with a runtime side: the tiles of A and B have different shapes
         if tl.load(info + 1) == 1:
             _tile(
-                p_ptr, g_ptr, m_ptr, v_ptr, M, k_ptr, mine, partials, first, count, noise, tensor, d0, D,
+                p_ptr, g_ptr, m_ptr, v_ptr, M, k_ptr, mine, partials, first, count, noise, steps, d0, D,
                 1, MODE, R, RP, BD, NP, PT, ST, PREC, HAS_M, HAS_K, STOCHASTIC,
             )  # fmt: skip
         else:
             _tile(
-                p_ptr, g_ptr, m_ptr, v_ptr, M, k_ptr, mine, partials, first, count, noise, tensor, d0, D,
+                p_ptr, g_ptr, m_ptr, v_ptr, M, k_ptr, mine, partials, first, count, noise, steps, d0, D,
                 2, MODE, R, RP, BD, NP, PT, ST, PREC, HAS_M, HAS_K, STOCHASTIC,
             )  # fmt: skip

@@ -10,7 +10,7 @@ here imports ``curvopt``. The tests cite these equations by number (letters as i
  (4)  (Ŝ + λI)^p with Ŝ = S · k/tr(S), identity on dead directions
  (5)  m ← β₁m + (1−β₁)∇;  v ← β₂v + (1−β₂)∇²;  Δ = −lr · (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε);
       p ← p (1 − lr·wd) + Δ                                      AdamW (arXiv 1711.05101)
- (6)  the four rules: P∇ → Adam; Q Adam(Qᵀ∇); R Adam(R∇); −P m̂ ‖Adam(∇)‖/‖P m̂‖
+ (6)  the rules: P∇ → Adam; Q Adam(Qᵀ∇), its singular values made alike or not; R Adam(R∇); −P m̂ ‖Adam(∇)‖/‖P m̂‖
  (7)  σ_i² = eigenvalues of S_u S_d                              invariants of the gauge A → TA, B → BT⁻¹
  (8)  rise(C) = ½ tr(S_d (C−I) S_u (C−I)ᵀ)                       K-FAC quadratic of replacing B A by B C A
  (9)  min over rank-k C of (8) = ½ Σ_{i>k} σ_i²                  Eckart and Young on S_d^½ᵀ · S_u^½
@@ -150,14 +150,21 @@ class AdamW:
 
 
 def rule_step(
-    rule: str, adam: AdamW, p: Tensor, gradient: Tensor, M: Tensor, lr: float, weight_decay: float, maximize: bool
-) -> Tensor:
-    """(6): return one matrix ``(r, d)``, rank first, after one step of a rule."""
+    rule: str, adam: AdamW, p: Tensor, gradient: Tensor, M: Tensor, lr: float, weight_decay: float, maximize: bool,
+    damping: float = 0.1,
+) -> Tensor:  # fmt: skip
+    """(6): return one matrix ``(r, d)``, rank first, after one step of a rule; ``damping`` is that of "polar"."""
     gradient = -gradient if maximize else gradient
     if rule == "adam":
         delta = adam(M @ gradient, lr)
     elif rule == "eigen":
         delta = M @ adam(M.T @ gradient, lr)
+    elif rule == "polar":
+        delta = adam(M.T @ gradient, lr)
+        U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
+        alike = sigma / (sigma.square() / sigma.square().sum().clamp(min=1e-300) * len(delta) + damping).sqrt()
+        norm = alike.norm()
+        delta = M @ (U * (alike * (sigma.norm() / norm if norm > 0 else 0.0)) @ Vh)
     elif rule == "whiten":
         delta = M @ adam(M @ gradient, lr)
     else:

@@ -7,6 +7,7 @@ TASKS: dict[str, type[Task]] = {
     "sentences": sentences.Sentences,
     "language": language.SourceToTopics,
     "headers": language.DocsToHeaders,
+    "headers32": language.DocsToHeadersRank32,
     "digits": digits.TurnedDigits,
     "regression": regression.Regression,
 }

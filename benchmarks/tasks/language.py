@@ -79,6 +79,13 @@ class DocsToHeaders(Language):
         return cached("headers", key, lambda: demo.untrained_model(shape), train)
 
 
+class DocsToHeadersRank32(DocsToHeaders):
+    """The same at rank 32, where the order of the optimizers may be another."""
+
+    name, title = "headers32", "docstrings → C++ headers, rank 32 (Llama, 0.14 M)"
+    rank = 32
+
+
 def docstrings() -> list[str]:
     """Return the docstrings of the standard library, one text a file, files in order."""
     found = []

@@ -12,6 +12,7 @@ split along r (lora_A of FSDP2)     L r d b / W · (1 − 1/W), as gradient and 
 the same, reprojected               as much again for the matrices, there and back         every reproject_every
 gradient or weight statistics       L r (r + 1)/2 b; weight: and the matrices, one way     every factor_every
 norms of the rule "momentum"        2 L b                                                  every step
+Gram matrices of the rule "polar"   L r² b                                                 every step
 non-finite flag                     4 for each way of splitting                            every step, if sharded
 ==================================  =====================================================  ======================
 

@@ -1,10 +1,11 @@
 """The update rules. Each takes slabs of matrices of equal shape and changes parameters and moments in place.
 
-All four are Adam with decoupled decay (AdamW) seen through an r×r matrix of the factor S that preconditions the side:
+All are Adam with decoupled decay (AdamW) seen through an r×r matrix of the factor S that preconditions the side:
 
 ========  ==========================================  =====================================================
 rule      matrix                                      update, with Adam(·) = −lr · m̂ / (√v̂ + ε) of its argument
 ========  ==========================================  =====================================================
+polar     Q, eigenvectors of S                        Q (Ĝ + λI)^(-1/2) δ, of the length of δ = Adam(Qᵀ ∇)
 adam      P = (Ŝ + λI)⁻¹                              Adam(P ∇)                 GRIT: precondition, then AdamW
 eigen     Q, eigenvectors of S                        Q Adam(Qᵀ ∇)              SOAP (2409.11321) on the rank side
 whiten    R = (Ŝ + λI)^(-1/2)                         R Adam(R ∇)               Adam in whitened coordinates
@@ -13,6 +14,10 @@ momentum  P = (Ŝ + λI)⁻¹                              −P m̂ · ‖Adam(�
 
 then ``p ← p (1 − lr · weight_decay) + update``. Adam itself is torch's fused kernel, run on the whole slab against a
 zero parameter, so with the matrix equal to I (or None) adam, eigen and whiten are ``AdamW(fused=True)`` to the bit.
+
+In "polar", our derivation, G = δδᵀ on the rank side, Ĝ has a mean eigenvalue of one, and lengths are Frobenius norms.
+λ → ∞ gives "eigen". λ → 0 gives the polar factor of Qδ: of all steps of its spectral norm the one furthest along
+eigen's, since it moves all r directions alike. It is to Adam's step what Muon's is to the momentum, at r×r cost.
 
 ``found_inf`` is torch's convention: a 0-d float tensor, non-zero when this step must change nothing.
 """
@@ -25,6 +30,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from curvopt.functional import compute_dtype, left
+from curvopt.functional.inverse import damped_inverse_root
+from curvopt.functional.moments import trace
 
 
 @dataclass
@@ -54,6 +61,9 @@ class Slab:
         hyper: learning rate, betas, eps, decay.
         spare: a buffer like ``grads`` to work in, or None to allocate one.
         reduce: sums a tensor in place over the processes that hold other pieces of the matrices; None: there are none.
+        damping: λ > 0 of "polar", a number or a 0-d tensor.
+        k: ``[L]`` int64 live ranks, or None for all; only "polar" has to know.
+        known: ``[L]`` booleans, False where the factor is empty: there "polar" leaves Adam's step alone; None: all are.
     """
 
     params: list[Tensor]
@@ -66,6 +76,9 @@ class Slab:
     hyper: Hyper
     spare: Tensor | None = None
     reduce: Callable[[Tensor], None] | None = None
+    damping: float | Tensor = 0.1
+    k: Tensor | None = None
+    known: Tensor | None = None
 
 
 # elements that a pass may write and the next still finds in a CPU's cache
@@ -77,6 +90,32 @@ def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     for s in _pieces(slabs):
         delta, _, _ = _adam(s, s.matrix, found_inf)
         apply_delta(s.params, s.hyper, delta, found_inf)
+
+
+def polar_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
+    """Adam in the eigenbasis, then its step with singular values made alike, matrix by matrix."""
+    for s in _pieces(slabs):
+        delta, _, spare = _adam(s, None if s.matrix is None else s.matrix.mT, found_inf)
+        G = delta @ delta.mT if s.rank_dim == 1 else delta.mT @ delta
+        if s.reduce is not None:
+            s.reduce(G)
+        M = equalising(G, s.damping, s.k, s.known)
+        if s.matrix is not None:
+            M = s.matrix.to(M.dtype) @ M
+        apply_delta(s.params, s.hyper, left(M, delta, s.rank_dim, out=spare), found_inf)
+
+
+def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+    """Return c (Ĝ + λI)^(-1/2) ``[L, r, r]`` for the Gram matrices G of δ, c so that the product has the norm of δ.
+
+    With δ = U Σ Vᵀ the product is ∝ U Σ (Σ² + λ mean σ²)^(-1/2) Vᵀ: directions far above √λ of the root mean square
+    become equally long. The identity where not ``known``.
+    """
+    R = damped_inverse_root(G, damping, k)
+    lengths = trace(R @ G @ R)
+    c = torch.where(lengths > 0, trace(G) / lengths, 1.0).sqrt()
+    M = R * c[:, None, None]
+    return M if known is None else torch.where(known[:, None, None], M, torch.eye(M.shape[-1]).to(M))
 
 
 def eigen_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
@@ -128,6 +167,8 @@ def _pieces(slabs: Sequence[Slab]) -> Iterator[Slab]:
                 step=s.step if cut.stop == L else s.step.clone(),  # the last piece counts for all
                 matrix=None if s.matrix is None else s.matrix[cut],
                 spare=None if s.spare is None else s.spare[: cut.stop - i],
+                k=None if s.k is None else s.k[cut],
+                known=None if s.known is None else s.known[cut],
             )
 
 
@@ -185,4 +226,10 @@ def apply_delta(params: list[Tensor], hyper: Hyper, delta: Tensor, found_inf: Te
     torch._foreach_copy_(params, p.add_(delta).unbind())
 
 
-RULES = {"eigen": eigen_update, "adam": adam_update, "whiten": whiten_update, "momentum": momentum_update}
+RULES = {
+    "polar": polar_update,
+    "eigen": eigen_update,
+    "adam": adam_update,
+    "whiten": whiten_update,
+    "momentum": momentum_update,
+}

@@ -240,7 +240,7 @@ class Stack:
             matrix=matrix,
             hyper=hyper,
             spare=spare,
-            reduce=shards.sum_ if shards is not None and self.group.get("update") == "momentum" else None,
+            reduce=shards.sum_ if shards is not None and self.group.get("update") in ("momentum", "polar") else None,
         )
 
     def finish(self, found_inf: Tensor) -> None:

@@ -50,7 +50,7 @@ def zero64():
 # name → (model, optimizer); eps: where a gradient is rounding alone, Adam makes a step of lr of it
 SCENARIOS = {
     **{f"{rule}-32": (mlp32, partial(grit, update=rule, inverse_every=3))
-       for rule in ("eigen", "adam", "whiten", "momentum")},
+       for rule in ("polar", "eigen", "adam", "whiten", "momentum")},
     "llama-32": (llama32, partial(grit, update="whiten", eps=1e-4, inverse_every=3)),
     "all-64": (models.mlp, partial(grit, **ALL)),
     "gradient-64": (models.mlp, partial(grit, statistics="gradient", **ALL)),

@@ -22,10 +22,11 @@ def mixed64():
 # eps of the Llama: where a gradient is rounding alone, Adam makes a step of lr of it
 SCENARIOS = {
     **{f"{rule}-32": (odd32, {"update": rule, "inverse_every": 3}, False)
-       for rule in ("eigen", "adam", "whiten", "momentum")},
+       for rule in ("polar", "eigen", "adam", "whiten", "momentum")},
     "llama-32": (llama32, {"update": "adam", "eps": 1e-4, "inverse_every": 3}, False),
     "llama-before-32": (llama32, {"update": "momentum", "eps": 1e-4, "inverse_every": 3}, True),
-    **{f"{rule}-64": (odd64, {"update": rule, **ALL}, False) for rule in ("eigen", "adam", "whiten", "momentum")},
+    **{f"{rule}-64": (odd64, {"update": rule, **ALL}, False)
+       for rule in ("polar", "eigen", "adam", "whiten", "momentum")},
     "before-64": (odd64, ALL, True),
     "gradient-64": (odd64, {"statistics": "gradient", **ALL}, False),
     "weight-64": (odd64, {"statistics": "weight", "update": "adam", **ALL}, False),

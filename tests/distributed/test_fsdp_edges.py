@@ -226,6 +226,7 @@ def test_bytes_of_an_exchange_in_numbers(found):
         columns, rows = (3, 3, 3, 1)[rank], ((2, 2, 2, 0)[rank], (2, 2, 1, 0)[rank])
         there = 2 * rows[0] * (10 - columns) + rows[1] * (10 - columns)
         back = 2 * columns * (6 - rows[0]) + columns * (5 - rows[1])
-        assert said["update"] == 4 * (there + back) + 4
+        grams = 2 * (2 * 36 + 25)  # of three steps of A and as many of B, for "polar"
+        assert said["update"] == 4 * (there + back + grams) + 4
         # lower triangles of three factors for A and as many for B
         assert said["statistics"] == 2 * 4 * (2 * 21 + 15)

@@ -1,4 +1,4 @@
-"""update.py: four rules; AdamW to the bit under the identity, and their formulas in float64 under anything else."""
+"""update.py: the rules; AdamW to the bit under the identity, and their formulas in float64 under anything else."""
 
 from dataclasses import replace
 
@@ -17,6 +17,7 @@ ROTATED = ["adam", "eigen", "whiten"]
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
 FINE, FOUND = torch.tensor(0.0), torch.tensor(1.0)
 MATRICES = {
+    "polar": lambda S: eigenbasis(S)[0],
     "adam": lambda S: damped_inverse(S, 0.1),
     "eigen": lambda S: eigenbasis(S)[0],
     "whiten": lambda S: damped_inverse_root(S, 0.1),
@@ -208,11 +209,96 @@ def test_momentum_has_adamw_length_and_preconditioned_direction(seed, rank_dim, 
         torch.testing.assert_close(update, direction * scale, rtol=1e-11, atol=tolerance)
 
 
-def test_momentum_of_nothing_is_nothing():
+@pytest.mark.parametrize("rule", ["momentum", "polar"])
+def test_grafting_onto_nothing_is_nothing(rule):
     slab = make_slab(2, 3, 4, 1, torch.float32, matrix=torch.eye(3).repeat(2, 1, 1))
     before = [p.clone() for p in slab.params]
-    take("momentum", slab, [torch.zeros(3, 4)] * 2)
+    take(rule, slab, [torch.zeros(3, 4)] * 2)
     assert all(torch.equal(p, q) for p, q in zip(slab.params, before, strict=True))
+
+
+def both(seed, rank_dim, r, d, damping, L=2, **fields):
+    """The steps of polar and of eigen, rank first, from the same three gradients, and the slab of polar."""
+    g = generator(seed)
+    Q = eigenbasis(random_spd(L, r, g))[0]
+    slabs = [make_slab(L, r, d, rank_dim, torch.float64, HYPER, Q, seed % 1000) for _ in range(2)]
+    slabs[0].damping = damping
+    for name, value in fields.items():
+        setattr(slabs[0], name, value)
+    for _ in range(3):
+        grads = [x.double() for x in draw(slabs[0], g)]
+        before = [torch.stack(s.params) for s in slabs]
+        for rule, s in zip(("polar", "eigen"), slabs, strict=True):
+            take(rule, s, grads)
+    steps = [torch.stack(s.params) - b for s, b in zip(slabs, before, strict=True)]
+    return *(x if rank_dim == 1 else x.mT for x in steps), slabs[0]
+
+
+# a step of 1e-2 is read off as a difference of parameters of order one
+READ = 1e3 * EPS[torch.float64]
+
+
+@given(seeds, rank_dims, st.integers(1, 8), st.integers(0, 30))
+@some
+def test_polar_without_damping_is_the_polar_factor_of_eigens_step(seed, rank_dim, r, more):
+    """U Vᵀ ‖δ‖_F/√r for δ = U Σ Vᵀ: of all steps with that spectral norm none has a larger ⟨·, δ⟩."""
+    polar, eigen, _ = both(seed, rank_dim, r, r + 4 + more, damping=1e-12)
+    U, sigma, Vh = torch.linalg.svd(eigen, full_matrices=False)
+    size = (sigma.square().mean(-1)).sqrt()
+    gap = (sigma[:, :1] / sigma[:, -1:]).max().item() ** 2  # what the inverse root makes of a rounding of G
+    torch.testing.assert_close(polar, size[:, None, None] * U @ Vh, rtol=0, atol=gap * READ)
+    best = (polar * eigen).sum((1, 2))
+    torch.testing.assert_close(best, size * sigma.sum(-1), rtol=1e-6, atol=gap * READ)
+    if r > 1:  # eigen's own step, cut to the same spectral norm, is worse
+        assert ((eigen * size[:, None, None] / sigma[:, :1, None] * eigen).sum((1, 2)) < best).all()
+
+
+@given(seeds, rank_dims, st.integers(1, 8), st.integers(1, 30))
+@some
+def test_polar_with_all_damping_is_eigen(seed, rank_dim, r, d):
+    polar, eigen, _ = both(seed, rank_dim, r, d, damping=1e12)
+    torch.testing.assert_close(polar, eigen, rtol=1e-9, atol=READ)
+
+
+@given(seeds, rank_dims, st.integers(2, 8), st.integers(1, 30), st.sampled_from([1e-3, 0.1, 1.0]))
+@some
+def test_polar_has_eigens_length_and_a_flatter_spectrum(seed, rank_dim, r, d, damping):
+    polar, eigen, slab = both(seed, rank_dim, r, d, damping)
+    torch.testing.assert_close(polar.norm(dim=(1, 2)), eigen.norm(dim=(1, 2)), rtol=1e-9, atol=READ)
+    values, flatter = torch.linalg.svdvals(eigen), torch.linalg.svdvals(polar)
+    assert (flatter[:, 0] <= values[:, 0] * (1 + 1e-9) + READ).all()
+    if d > 1:
+        assert (flatter[:, 0] < values[:, 0] * 0.9999).all()
+    # the moments are those of eigen: equalising is of the step alone
+    assert slab.step.item() == 3
+
+
+def test_polar_leaves_alone_what_it_knows_nothing_of():
+    """``known`` is False: Adam in the given basis to the bit; the neighbour in the slab is equalised."""
+    polar, eigen, _ = both(3, 1, 4, 16, 0.1, known=torch.tensor([False, True]))
+    assert torch.equal(polar[0], eigen[0]) and (polar[1] - eigen[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("rank_dim", [1, 2])
+def test_polar_of_live_directions_is_that_of_the_sliced_pair(rank_dim):
+    """With k the damping is relative to the mean over live directions, so cutting dead ones off changes nothing."""
+    g, r, k = generator(4), 6, 4
+    Q = torch.eye(r, dtype=torch.float64).repeat(1, 1, 1)
+    Q[:, :k, :k] = eigenbasis(random_spd(1, k, g))[0]
+    rows = (slice(None, k), slice(None)) if rank_dim == 1 else (slice(None), slice(None, k))
+    whole = make_slab(1, r, 9, rank_dim, torch.float64, HYPER, Q)
+    cut = make_slab(1, k, 9, rank_dim, torch.float64, HYPER, Q[:, :k, :k].contiguous())
+    naive = make_slab(1, r, 9, rank_dim, torch.float64, HYPER, Q)
+    whole.k = torch.tensor([k])
+    start = whole.params[0].clone()
+    cut.params = [start[rows].clone()]
+    for _ in range(3):
+        grad = torch.zeros_like(start)
+        grad[rows] = 0.01 * torch.randn(grad[rows].shape, generator=g, dtype=torch.float64)
+        for s, x in ((whole, grad), (naive, grad), (cut, grad[rows])):
+            take("polar", s, [x])
+    torch.testing.assert_close(whole.params[0][rows], cut.params[0], rtol=0, atol=READ)
+    assert (naive.params[0][rows] - cut.params[0]).abs().max() > 1e-5  # control: without k it does change
 
 
 # ------------------------------------------------------------------------------------------------- symmetries
@@ -407,6 +493,7 @@ def test_dead_rows_stay_dead(rule):
     k, S = torch.tensor([2, 3]), random_spd(2, 5, g)
     S[0, 2:], S[0, :, 2:], S[1, 3:], S[1, :, 3:] = 0, 0, 0, 0
     matrix = {
+        "polar": lambda: eigenbasis(S, k)[0],
         "eigen": lambda: eigenbasis(S, k)[0],
         "whiten": lambda: damped_inverse_root(S, 0.1, k),
         "adam": lambda: damped_inverse(S, 0.1, k),
@@ -427,7 +514,7 @@ def test_dead_rows_stay_dead(rule):
 
 @all_rules
 def test_rotation_of_the_rank_space(rule):
-    """A ← VA, S ← VSVᵀ: eigen and momentum turn with it; adam and whiten end in Adam's axes and do not."""
+    """A ← VA, S ← VSVᵀ: polar, eigen and momentum turn with it; adam and whiten end in Adam's axes and do not."""
     g = generator(16)
     V = orthogonal(4, g)
     S = random_spd(1, 4, g)
@@ -440,7 +527,7 @@ def test_rotation_of_the_rank_space(rule):
     take(rule, two, [V @ x for x in grads])
     a, b = one.params[0] - start, V.T @ two.params[0] - start
     cosine = (a * b).sum() / a.norm() / b.norm()
-    assert (1 - cosine < 1e-12) if rule in ("momentum", "eigen") else (1 - cosine > 1e-6)
+    assert (1 - cosine < 1e-12) if rule in ("polar", "momentum", "eigen") else (1 - cosine > 1e-6)
 
 
 @all_rules

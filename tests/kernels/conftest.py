@@ -5,13 +5,18 @@ numerical tests are collected only in the processes that test_interpreted.py sta
 """
 
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-NUMERICAL = [f"test_{op}.py" for op in ("inverse", "eigen", "update", "truncate", "moments", "selfcheck")]
+OPS = ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck")
+NUMERICAL = [f"test_{op}.py" for op in OPS]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+sys.path.insert(0, str(Path(__file__).parent))  # update_cases
 
 collect_ignore = []
 if not (INTERPRETED or torch.cuda.is_available()):

@@ -17,7 +17,8 @@ from curvopt.kernels import compiled, launch
 # one of every kernel, and both kinds of tile; the rest is behind -m slow
 QUICK = re.compile(
     r"rational r=(4 Q=1$|16 Q=13|128 Q=1$)|eigenbasis r=(8|64)$|update eigen r=(12|16|64) p=(bf16 g=bf16|fp32)"
-    r"|update (momentum|graft|rows) r=16|prepare|rows truncate bf16|gram(16|32) r=(8|48|128) (bf16|fp32)|average r=16"
+    r"|update (momentum|graft|rows|polar) r=16|polar r=(12 p=fp16|64 p=fp32|128 p=fp32)|compose r=16|total"
+    r"|prepare|rows truncate bf16|gram(16|32) r=(8|48|128) (bf16|fp32)|average r=16"
 )
 ALL = [(target, case) for target in launch.TARGETS for case in compiled.cases(target)]
 
@@ -27,7 +28,7 @@ def name(target, case):
 
 
 def quick(target, case):
-    return QUICK.match(name(target, case)) and (target == "sm_90" or case.kernel in ("update", "gram32"))
+    return QUICK.match(name(target, case)) and (target == "sm_90" or case.kernel in ("update", "polar", "gram32"))
 
 
 def parameters():

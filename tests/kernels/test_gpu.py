@@ -95,6 +95,36 @@ def test_captured_steps_are_eager_steps(rule):
     assert eager[0].step.item() == 19
 
 
+def test_a_captured_polar_step_reads_damping_and_ranks_at_replay():
+    damping, k, found = (torch.tensor(x, device="cuda") for x in (0.1, [16] * 8, 0.0))
+    start = [replace(slab(side, torch.tensor(1e-3, device="cuda"), d=2000), damping=damping) for side in (1, 2)]
+    start[0].k = k
+    eager, graphed = ([copied(s) for s in start] for _ in range(2))
+    op = kernels.OPS["polar_update"]
+    op(graphed, found)  # compiles and uploads
+    for s, original in zip(graphed, start, strict=True):
+        for t, o in zip(tensors([s]), tensors([original]), strict=True):
+            t.copy_(o)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op(graphed, found)
+    for n in range(6):
+        damping.fill_(0.5 / (n + 1)), k[n].fill_(12), found.fill_(float(n == 3))
+        op(eager, found)
+        graph.replay()
+        assert same(eager, graphed), f"step {n}"
+
+
+def test_a_polar_step_waits_for_nothing():
+    s, found = replace(slab(1, 1e-3), damping=torch.tensor(0.1, device="cuda")), torch.zeros((), device="cuda")
+    kernels.OPS["polar_update"]([s], found)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.OPS["polar_update"]([s], found)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_capture_without_an_eager_step_says_so():
     s = replace(slab(1, 1e-3, d=80))
     found = torch.zeros((), device="cuda")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = [f"test_{op}.py" for op in ("inverse", "eigen", "update", "truncate", "moments", "selfcheck")]
+FILES = [f"test_{op}.py" for op in ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck")]
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(

@@ -23,7 +23,9 @@ def test_every_op_has_a_problem_and_passes(name, device):
     assert name in kernels.OPS and found <= selfcheck.allowed(name, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["gram_many", "damped_inverse_root", "eigenbasis", "eigen_update", "truncate_"])
+@pytest.mark.parametrize(
+    "name", ["gram_many", "damped_inverse_root", "eigenbasis", "eigen_update", "polar_update", "truncate_"]
+)
 @pytest.mark.parametrize("r, dtype", [(5, torch.float32), (16, torch.bfloat16)])
 def test_other_ranks_and_dtypes(name, r, dtype, device):
     assert selfcheck.agrees(name, REFERENCE[name], r, dtype, device)

@@ -1,71 +1,12 @@
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from curvopt.kernels import launch, tables, update
+from update_cases import BF16, F16, F32, Recorder, both, check, moved, slab, tensors
 
 from curvopt import kernels
-from curvopt.functional.update import RULES, Hyper, Slab
-
-EPS = 6e-8
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ZERO = 0.0
-
-
-def slab(L, r, d, side, param=F32, state=F32, matrix=True, seed=0, **hyper):
-    g = torch.Generator().manual_seed(seed)
-    shape = (L, r, d) if side == 1 else (L, d, r)
-    draw = lambda: torch.randn(shape, generator=g)  # noqa: E731
-    Q, _ = torch.linalg.qr(torch.randn(L, r, r, generator=g))
-    given = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, **hyper}
-    return Slab(
-        params=list(draw().to(param).unbind()),
-        grads=draw(),
-        exp_avg=(0.1 * draw()).to(state),
-        exp_avg_sq=(0.1 + draw().square()).to(state),  # m / √v is ill-conditioned near zero
-        step=torch.tensor(3.0),
-        rank_dim=side,
-        matrix=Q.contiguous() if matrix else None,
-        hyper=Hyper(**given),
-    )
-
-
-def moved(s, device, dtype=None):
-    """A copy on the device; with ``dtype``, the floating-point oracle's."""
-    c = copy.copy(s)
-    cast = lambda t: t.detach().to(device, dtype, copy=True)  # noqa: E731
-    c.params = [cast(p) for p in s.params]
-    for name in ("grads", "exp_avg", "exp_avg_sq", "matrix"):
-        setattr(c, name, None if getattr(s, name) is None else cast(getattr(s, name)))
-    c.step = s.step.to(device, copy=True)
-    if isinstance(s.hyper.lr, torch.Tensor):
-        c.hyper = replace(s.hyper, lr=s.hyper.lr.to(device))
-    return c
-
-
-def tensors(s):
-    return [*s.params, *s.exp_avg, *s.exp_avg_sq]
-
-
-def both(rule, slabs, device, found=ZERO, **options):
-    """Run the kernel and the float64 oracle on copies."""
-    ours, exact = [moved(s, device) for s in slabs], [moved(s, "cpu", torch.float64) for s in slabs]
-    inf = torch.tensor(found, device=device)
-    assert kernels.supports(f"{rule}_update", ours, inf)
-    kernels.OPS[f"{rule}_update"](ours, inf, **options)
-    RULES[rule](exact, torch.tensor(found))
-    return ours, exact
-
-
-def check(ours, exact):
-    for s, e in zip(ours, exact, strict=True):
-        assert s.step.item() == e.step.item()
-        for got, want in zip(tensors(s), tensors(e), strict=True):
-            # two products of inner length r, each entry of order one to three, and one rounding to the stored dtype
-            # (a full unit in the interpreter, which cuts bfloat16 off instead of rounding)
-            unit = {F32: 40 * EPS, BF16: 2.0**-7, F16: 2.0**-10}[got.dtype]
-            torch.testing.assert_close(got.cpu().double(), want, rtol=unit, atol=unit + 1e-4 * EPS)
+from curvopt.functional.update import RULES
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -79,20 +20,6 @@ def test_both_sides_and_plain_slabs_in_one_launch(rule, r, d, device, monkeypatc
     slabs = [slab(2, r, d, 1), slab(2, r, d + 9, 2, seed=1), slab(1, r, d, 1, matrix=False, seed=2, maximize=True)]
     check(*both(rule, slabs, device))
     assert len(launches) == (2 if rule == "momentum" else 1)
-
-
-class Recorder:
-    """A kernel that notes what it is launched with."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def run(*args, **kwargs):
-            self.launches.append({"grid": grid, **kwargs})
-            return self.kernel[grid](*args, **kwargs)
-
-        return run
 
 
 @pytest.mark.slow
@@ -231,6 +158,10 @@ def test_tables_are_uploaded_once_and_bounded(device):
 def test_table_covers_every_rank():
     for r in range(1, launch.MAX_RANK + 1):
         assert launch.config("update", launch.padded(r, 16), "sm_90") is not None
+    for rp in (16, 32, 64, 128):
+        for target in launch.TARGETS:
+            shipped = {launch.config(op, rp, target) is not None for op in ("update", "polar", "compose")}
+            assert len(shipped) == 1, "polar takes all three"
 
 
 def test_rows_have_their_own_rates(device):
@@ -257,12 +188,13 @@ def test_rows_have_their_own_rates(device):
     check(ours, exact)
 
 
-def test_gradients_may_come_as_a_list(device):
+@pytest.mark.parametrize("rule", ["eigen", "polar"])
+def test_gradients_may_come_as_a_list(rule, device):
     s = slab(3, 8, 33, 2)
     whole, listed = moved(s, device), moved(s, device)
     listed.grads = [g.clone() for g in listed.grads]
     found = torch.zeros((), device=device)
-    assert kernels.supports("eigen_update", [listed], found)
+    assert kernels.supports(f"{rule}_update", [listed], found)
     for c in (whole, listed):
-        kernels.OPS["eigen_update"]([c], found)
+        kernels.OPS[f"{rule}_update"]([c], found)
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(listed), strict=True))

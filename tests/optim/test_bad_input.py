@@ -17,7 +17,7 @@ REFUSED = [
     ("weight_decay", [-0.1, math.nan, None], "a number ≥ 0"),
     ("statistics", ["activations", "kfac", None, 3, ["weight"]], "'activation', 'gradient', 'weight'"),
     ("sides", ["both", "", None], "'kfac', 'paper'"),
-    ("update", ["adamw", "sgd", None], "'eigen', 'adam', 'whiten', 'momentum'"),
+    ("update", ["adamw", "sgd", None], "'polar', 'eigen', 'adam', 'whiten', 'momentum'"),
     ("reprojection", ["paper-two-sided", True, ""], "'balanced', 'paper', 'paper-one-sided', None"),
     ("damping", [0, 0.0, -0.1, math.nan, None], "a number > 0"),
     ("factor_decay", [-0.01, 1.01, math.nan, None], "a number in [0, 1]"),

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from curvopt import GritKFAC
 
-RULES = ("eigen", "adam", "whiten", "momentum")
+RULES = ("polar", "eigen", "adam", "whiten", "momentum")
+BASES = ("polar", "eigen")  # their moments live in a basis
 STATISTICS = ("activation", "gradient", "weight")
 # two orders of summation of some hundred float64 products
 EXACT = {"rtol": 1e-11, "atol": 1e-14}
@@ -156,7 +157,7 @@ def test_the_rules_differ_once_the_warmup_is_over():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("rule", ["eigen", "adam", "whiten"])
+@pytest.mark.parametrize("rule", ["polar", "eigen", "adam", "whiten"])
 @pytest.mark.parametrize("start", ["zero", "random"])
 def test_while_B_is_zero_the_A_side_is_plain_adamw(rule, dtype, start):
     """S_d = 0 says nothing, so it must act as the identity; A gets a made-up gradient, for its own is zero too."""
@@ -207,11 +208,11 @@ class Loop:
         r, old = len(S), self.matrix.get(key, torch.eye(len(S), dtype=torch.float64))
         if S.trace() == 0:
             new = torch.eye(r, dtype=torch.float64)
-        elif self.rule == "eigen":
+        elif self.rule in BASES:
             new = torch.linalg.eigh(S)[1].flip(-1)
         else:
             new = oracles.damped_power(S, self.damping, -0.5 if self.rule == "whiten" else -1.0)
-        if self.rule == "eigen" and key in self.adams:  # the moments turn with the basis
+        if self.rule in BASES and key in self.adams:  # the moments turn with the basis
             R = new.T @ old
             self.adams[key].m, self.adams[key].v = R @ self.adams[key].m, R.square() @ self.adams[key].v
         self.matrix[key] = new
@@ -236,9 +237,10 @@ class Loop:
                     self._refresh((layer, name), S)
                 M = self.matrix[layer, name] if past > 0 else torch.eye(len(S), dtype=torch.float64)
                 rule = self.rule if past > 0 else "adam"
+                rule = "eigen" if rule == "polar" and S.trace() == 0 else rule  # nothing is known of the side
                 end = oracles.rule_step(
                     rule, adam, rank_first, gradient, M, self.hyper["lr"], self.hyper["weight_decay"],
-                    self.hyper.get("maximize", False),
+                    self.hyper.get("maximize", False), self.damping,
                 )  # fmt: skip
                 rank_first.copy_(end)
         for name, p in self.model.named_parameters():
@@ -445,7 +447,7 @@ def test_diagnostics_by_hand(rule):
             values = torch.linalg.eigvalsh(S * r / S.trace())
             damped = values + 0.3
             assert d[side]["condition"] == pytest.approx((damped[-1] / damped[0]).item(), rel=1e-9)
-            M = {"eigen": values, "whiten": damped**-0.5}.get(rule, 1 / damped)
+            M = values if rule in BASES else damped**-0.5 if rule == "whiten" else 1 / damped
             M = torch.diag(M)
             off = M - M.trace() / r * torch.eye(r, dtype=torch.float64)
             assert d[side]["scalar_distance"] == pytest.approx((off.norm() / M.norm()).item(), rel=1e-9)

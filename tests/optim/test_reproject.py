@@ -11,8 +11,8 @@ from torch import Tensor
 from curvopt import GritKFAC
 from curvopt.lora import find_lora_pairs
 
-RULES = ("eigen", "adam", "whiten", "momentum")
-KEYS = {"eigen": "basis", "adam": "inverse", "whiten": "root", "momentum": "inverse"}
+RULES = ("polar", "eigen", "adam", "whiten", "momentum")
+KEYS = {"polar": "basis", "eigen": "basis", "adam": "inverse", "whiten": "root", "momentum": "inverse"}
 WIDE = {"width": 12, "r": 6}
 
 
@@ -118,7 +118,7 @@ def test_the_first_moment_is_carried(rule, sides):
 
     def original(o, p, rank_first):
         m, M = rank_first(o.state[p]["exp_avg"]), o.state[p][KEYS[rule]]
-        if rule == "eigen":
+        if KEYS[rule] == "basis":
             return M @ m
         return m if rule == "momentum" else torch.linalg.solve(M, m)
 

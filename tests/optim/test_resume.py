@@ -9,7 +9,7 @@ import torch
 
 from curvopt import GritKFAC
 
-RULES = ("eigen", "adam", "whiten", "momentum")
+RULES = ("polar", "eigen", "adam", "whiten", "momentum")
 STATISTICS = ("activation", "gradient", "weight")
 DTYPES = [torch.float32, torch.bfloat16]
 WIDE = {"width": 12, "r": 6}

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curvopt.functional.inverse import empty
 from curvopt.ops import Ops
 from curvopt.optim.stacks import Stack
 
 # rule → (the op that makes its matrix, the state key that holds it)
 MATRICES = {
+    "polar": ("eigenbasis", "basis"),
     "eigen": ("eigenbasis", "basis"),
     "adam": ("damped_inverse", "inverse"),
     "whiten": ("damped_inverse_root", "root"),
@@ -20,6 +22,11 @@ MATRICES = {
 def live_rank(stack: Stack) -> Tensor | None:
     """Return ``[L]`` live ranks, or None where ranks never change."""
     return None if stack.group["rank_threshold"] is None else stack.state["rank"]
+
+
+def known(stack: Stack) -> Tensor:
+    """Return ``[L]`` booleans: factors that say something; B = 0 keeps that of A empty at the start."""
+    return ~empty(stack.state["factor"], live_rank(stack))
 
 
 def make(stack: Stack, ops: Ops) -> Tensor:
@@ -34,12 +41,12 @@ def make(stack: Stack, ops: Ops) -> Tensor:
 
 
 def refresh(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor], ops: Ops) -> None:
-    """Make new matrices; under "eigen" both moments live in the basis and turn with it."""
+    """Make new matrices; where both moments live in a basis they turn with it."""
     for stack in stacks:
-        rule = stack.group["update"]
-        old = stack.state[MATRICES[rule][1]]
+        key = MATRICES[stack.group["update"]][1]
+        old = stack.state[key]
         new = torch.where(found_inf[stack.device] == 0, make(stack, ops), old)
-        if rule == "eigen":
+        if key == "basis":
             R = torch.where(found_inf[stack.device] == 0, new.mT @ old, torch.eye(stack.r).to(old))
             stack.carry(R)
         old.copy_(new)

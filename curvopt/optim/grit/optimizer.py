@@ -41,10 +41,10 @@ class GritKFAC(RankSpaceOptimizer):
             or ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347).
         sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
-        update: ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`. The moments
-            live in the rule's coordinates, so it stays what it was at the first step.
-        damping: λ > 0, relative to the mean eigenvalue; a 0-d tensor is allowed. Unused by
-            ``"eigen"``, whose basis it would not change.
+        update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
+            The moments live in the rule's coordinates, so it stays what it was at the first step.
+        damping: λ > 0, relative to the mean eigenvalue, of the factor or, under ``"polar"``, of the step's own Gram
+            matrix; a 0-d tensor is allowed. Unused by ``"eigen"``, whose basis it would not change.
         factor_decay: EMA decay β in [0, 1], bias-corrected; 1 is GRIT's running mean that never forgets.
         factor_every: steps between observations; the hooks are idle in between.
         inverse_every: steps between new matrices.
@@ -89,7 +89,7 @@ class GritKFAC(RankSpaceOptimizer):
         *,
         statistics: str = "activation",
         sides: str = "kfac",
-        update: str = "eigen",
+        update: str = "polar",
         damping: float | Tensor = 0.1,
         factor_decay: float = 0.95,
         factor_every: int = 1,
@@ -164,6 +164,8 @@ class GritKFAC(RankSpaceOptimizer):
             warm = g["clock"] > g["warmup_steps"]
             matrix = stack.state[MATRICES[g["update"]][1]] if warm else None
             slab = stack.slab(matrix, self._scratch.like(stack.grads))
+            if g["update"] == "polar":
+                slab.damping, slab.k, slab.known = g["damping"], matrices.live_rank(stack), matrices.known(stack)
             batches.setdefault((g["update"] if warm else "adam", stack.device), []).append(slab)
         for (rule, device), slabs in batches.items():
             self._ops(f"{rule}_update", slabs, found_inf[device])

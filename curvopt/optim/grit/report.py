@@ -10,6 +10,7 @@ from curvopt.functional.inverse import broken, empty, normalised
 from curvopt.functional.ranks import entropy_rank
 from curvopt.lora import LoraPair, find_skipped
 from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.grit.matrices import MATRICES
 from curvopt.optim.grit.statistics import source
 from curvopt.optim.grit.traffic import bytes_sent
 from curvopt.optim.stacks import Side
@@ -36,7 +37,7 @@ def diagnose(optimizer: RankSpaceOptimizer) -> dict[str, Any]:
     - ``statistics``: what it is observed by, ``note``: why not by activations; ``rows``: rows (tokens) seen;
     - ``energy``: σ_i² as shares of their sum in descending order, ``effective_rank``: exp of their entropy;
     - ``A``, ``B``: by factor, ``condition`` of Ŝ + λI, ``scalar_distance`` ‖M − mean(M) I‖_F / ‖M‖_F of what acts on
-      the gradient (under "eigen" of Ŝ, whose basis is used) — 0 means the curvature does nothing, and ``failed``.
+      the gradient (where a basis is used, of Ŝ, whose it is) — 0 means the curvature does nothing, and ``failed``.
     """
     by_pair: dict[LoraPair, list[Side]] = {}
     for side in optimizer._sides:
@@ -93,6 +94,6 @@ def _factor(S: Tensor, damping: float, k: Tensor, rule: str) -> dict[str, Any]:
     n = int(k)
     values = torch.linalg.eigvalsh(normalised(S, k)[0][0, :n, :n]).clamp(min=0)
     damped = values + damping
-    acting = {"eigen": values, "whiten": damped.rsqrt()}.get(rule, 1 / damped)
+    acting = {"basis": values, "root": damped.rsqrt(), "inverse": 1 / damped}[MATRICES[rule][1]]
     distance = (acting - acting.mean()).norm() / acting.norm()
     return {"condition": float(damped[-1] / damped[0]), "scalar_distance": float(distance), "failed": False}

@@ -78,7 +78,7 @@ def _transform(
     rule = stack.group["update"]
     key = MATRICES[rule][1]
     old, new = state[key].to(wide), torch.where(found_inf == 0, make(stack, ops), state[key])
-    if rule == "eigen":
+    if key == "basis":
         R = new.to(wide).mT @ M_grad @ old
     elif rule == "momentum":
         R = M_grad

@@ -26,7 +26,7 @@ def bytes_sent(optimizer: RankSpaceOptimizer) -> dict[str, int]:
             continue
         there, back = _ways(stack, shards)
         held = stack.sides[0].param.dtype.itemsize
-        sent["update"] += there * held + back * b + (2 * L * b if g["update"] == "momentum" else 0)
+        sent["update"] += there * held + back * b + {"momentum": 2, "polar": r * r}.get(g["update"], 0) * L * b
         if statistics != "activation":
             sent["statistics"] += L * r * (r + 1) // 2 * b + (there * held if statistics == "weight" else 0)
         if g["reproject_every"]:
