@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, Row, read_csv
+from tasks import TASKS
 from training import SEARCH_SEED
 
 BASE = "AdamW"
@@ -46,8 +47,9 @@ class Runs:
         self._curves = read_csv(path.with_name(f"{path.stem}_curves.csv"))
 
     def tasks(self) -> list[str]:
-        """Tasks that have runs of AdamW, in order of first appearance."""
-        return list(dict.fromkeys(row["task"] for row in self.rows if row["optimizer"] == BASE))
+        """Tasks that have runs of AdamW."""
+        found = {row["task"] for row in self.rows if row["optimizer"] == BASE}
+        return [task for task in TASKS if task in found]
 
     def optimizers(self, task: str) -> list[str]:
         """Optimizers of a task, AdamW first."""
@@ -61,8 +63,6 @@ class Runs:
 
     def at_edge(self, task: str, name: str) -> bool:
         """Whether the best learning rate is the highest or lowest of the grid."""
-        from tasks import TASKS
-
         return self.rate(task, name) in (TASKS[task].rates[0], TASKS[task].rates[-1])
 
     def best(self, task: str, name: str, horizon: float = 1.0) -> dict[int, Row]:

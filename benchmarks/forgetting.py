@@ -24,6 +24,7 @@ SIZES = {
     "demo": demo_task.PretrainConfig(),
 }
 OPTIMIZERS = {"AdamW": "adamw", "GritKFAC": "grit"}
+PINNED = {"GritKFAC": {"update": "eigen"}}  # as recorded
 MODULATORS = ("r_eff", "rho_align", "pi_proj")
 PROBES, PROBE_SEED = 8, 10_000  # batches on which S_u and S_d are observed, the same ones for every run
 
@@ -47,6 +48,8 @@ def run(size: str, steps: int, name: str, seed: int, args: argparse.Namespace) -
     domains, lr = task["domains"], LEARNING_RATES[OPTIMIZERS[name]]
     model = demo_task.lora_model(task["base"], args.rank, seed)
     optimizer: Any = optimizers()[OPTIMIZERS[name]](model, lr)
+    for group in optimizer.param_groups:
+        group.update(PINNED.get(name, {}))
     data = demo_task.batches(domains.topics, args.batch, args.length, steps, seed)
     demo_task.fine_tune(model, optimizer, data, steps)
     if hasattr(optimizer, "remove_hooks"):

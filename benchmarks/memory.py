@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from adapters import BASELINE, Adapters, contestants, light
-from harness import RESULTS, peak_bytes, stamp, table, write_csv
+from harness import RESULTS, peak_bytes, read_csv, stamp, table, write_csv
 from shapes import MODELS, square
 
 
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--models", nargs="*", default=["Qwen2.5-0.5B"], choices=list(MODELS))
+    parser.add_argument("--optimizers", nargs="+", help="measure these beside the baseline, and keep the other rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("OPTIMIZER", "WHERE"), help="measure this here and print JSON")
@@ -77,7 +78,7 @@ def main() -> None:
     rows = []
     for where, who in (("pairs", contestants()), *((model, light()) for model in args.models)):
         base: dict[str, Any] = {}
-        for name in who:
+        for name in (n for n in who if n == BASELINE or n in (args.optimizers or who)):
             command = [sys.executable, Path(__file__).name, *sys.argv[1:], "--one", name, where]
             done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
             found = json.loads(done.stdout.splitlines()[-1])
@@ -87,7 +88,9 @@ def main() -> None:
             ratio["peak_ratio"] = found["peak_growth_bytes"] / max(1, base["peak_growth_bytes"])
             rows.append({"model": where, "optimizer": name, "pairs": pairs, "r": args.rank, **found, **ratio})
     path = RESULTS / ("quick" if args.quick else ".") / "memory.csv"
-    write_csv(path, [{**row, **stamp(args.device)} for row in rows])
+    new = {(row["model"], row["optimizer"]): {**row, **stamp(args.device)} for row in rows}
+    old = {(row["model"], row["optimizer"]): row for row in read_csv(path)} if args.optimizers else {}
+    write_csv(path, list((old | new).values()))
     print(table(rows, ["model", "optimizer", "pairs", "state_bytes", "state_ratio", "peak_ratio"]))
 
 

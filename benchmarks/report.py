@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Callable
 
+from contestants import CONTESTANTS
 from findings import BASE, Runs, exponent, number, shown, step_times
 from harness import RESULTS, Row, read_csv, table
 from tasks import TASKS
@@ -40,9 +41,8 @@ def task_table(runs: Runs, task: str) -> list[Row]:
 
 def quality_table(runs: Runs) -> list[Row]:
     """Return a line an optimizer: the paired difference of test loss to AdamW, task by task."""
-    names = dict.fromkeys(name for task in runs.tasks() for name in runs.optimizers(task))
     lines = []
-    for name in names:
+    for name in CONTESTANTS:
         line: Row = {"optimizer": name}
         for task in runs.tasks():
             if name not in runs.optimizers(task):

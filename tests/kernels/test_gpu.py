@@ -69,13 +69,9 @@ def test_grams_are_repeatable_to_the_bit(r, N, dtype):
     assert ((first - exact).norm() / exact.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_captured_steps_are_eager_steps(rule):
-    lr = torch.tensor(1e-3, device="cuda")
-    found = torch.zeros((), device="cuda")
-    start = [slab(1, lr), slab(2, lr)]
+def captured(op, start, found):
+    """Return slabs for eager steps, slabs for replays, and the graph of a step."""
     eager, graphed = ([copied(s) for s in start] for _ in range(2))
-    op = kernels.OPS[f"{rule}_update"]
     op(graphed, found)  # compiles and uploads
     for s, original in zip(graphed, start, strict=True):
         for t, o in zip(tensors([s]), tensors([original]), strict=True):
@@ -83,6 +79,16 @@ def test_captured_steps_are_eager_steps(rule):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         op(graphed, found)
+    return eager, graphed, graph
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_captured_steps_are_eager_steps(rule):
+    lr = torch.tensor(1e-3, device="cuda")
+    found = torch.zeros((), device="cuda")
+    start = [slab(1, lr), slab(2, lr)]
+    op = kernels.OPS[f"{rule}_update"]
+    eager, graphed, graph = captured(op, start, found)
     for n in range(20):
         lr.fill_(1e-3 / (n + 1))
         found.fill_(float(n == 7))
@@ -99,15 +105,8 @@ def test_a_captured_polar_step_reads_damping_and_ranks_at_replay():
     damping, k, found = (torch.tensor(x, device="cuda") for x in (0.1, [16] * 8, 0.0))
     start = [replace(slab(side, torch.tensor(1e-3, device="cuda"), d=2000), damping=damping) for side in (1, 2)]
     start[0].k = k
-    eager, graphed = ([copied(s) for s in start] for _ in range(2))
     op = kernels.OPS["polar_update"]
-    op(graphed, found)  # compiles and uploads
-    for s, original in zip(graphed, start, strict=True):
-        for t, o in zip(tensors([s]), tensors([original]), strict=True):
-            t.copy_(o)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        op(graphed, found)
+    eager, graphed, graph = captured(op, start, found)
     for n in range(6):
         damping.fill_(0.5 / (n + 1)), k[n].fill_(12), found.fill_(float(n == 3))
         op(eager, found)
