@@ -19,11 +19,14 @@ class Contestant:
         make: from task, model, learning rate and the number of steps, the optimizers to step in turn.
         kind: the adapter; see `tasks.Task.build`.
         tasks: the tasks it takes part in; None for all.
+        start: where the search for its learning rate starts, as a share of where AdamW's does: where losses have a
+            second valley beyond divergence, the climb must not start in it.
     """
 
     make: Callable[[Task, nn.Module, float, int], Optimizers]
     kind: str = "lora"
     tasks: tuple[str, ...] | None = None
+    start: float = 1.0
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
@@ -125,13 +128,13 @@ CONTESTANTS: dict[str, Contestant] = {
     "GritKFAC, ranks": Contestant(grit_ranks(0.99)),
     "GoRA + AdamW": Contestant(gora(adamw())),
     "GoRA + GritKFAC": Contestant(gora(grit())),
-    "LoRA+": Contestant(_loraplus),
+    "LoRA+": Contestant(_loraplus, start=1 / 8),
     "SOAP": Contestant(_soap),
     "Riemannian": Contestant(_riemannian),
     "Muon": Contestant(_muon),
     "orthogonal": Contestant(adamw(), "orthogonal"),
     "DoRA": Contestant(adamw(), "dora"),
-    "Shampoo": Contestant(_shampoo),
+    "Shampoo": Contestant(_shampoo, start=1 / 8),
     "IA3": Contestant(adamw(), "ia3"),
     "natural gradient": Contestant(_natural, tasks=("regression",)),
 }

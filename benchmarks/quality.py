@@ -37,7 +37,7 @@ def best_rate(log: Log, task: str, name: str, contestant: Contestant) -> float:
         value = float(log.get(task, name, contestant, rates[i], SEARCH_SEED)["valid"])
         return value if math.isfinite(value) else math.inf
 
-    i = rates.index(START[task])
+    i = rates.index(START[task] * contestant.start)
     while True:
         near = [j for j in (i, i + 1, i - 1) if 0 <= j < len(rates)]
         j = min(near, key=loss)
