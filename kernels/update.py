@@ -86,7 +86,6 @@ def _fits(s: Any, device: torch.device) -> bool:
         and len({p.dtype for p in s.params}) == 1
         and launch.plain([s.exp_avg, s.exp_avg_sq, *parts])
         and launch.plain(small, (torch.float32,))
-        and getattr(s, "reduce", None) is None  # pieces of matrices: their norms are known to nobody
         and (k is None or (k.device == device and launch.plain([k], (torch.int64,))))
         and (not _on_device(s.hyper.lr) or _scalar(s.hyper.lr, device))
     )  # fmt: skip

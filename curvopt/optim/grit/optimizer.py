@@ -164,9 +164,10 @@ class GritKFAC(RankSpaceOptimizer):
             warm = g["clock"] > g["warmup_steps"]
             matrix = stack.state[MATRICES[g["update"]][1]] if warm else None
             slab = stack.slab(matrix, self._scratch.like(stack.grads))
-            if g["update"] == "polar":
+            rule = g["update"] if warm else "adam"
+            if rule == "polar":
                 slab.damping, slab.k, slab.known = g["damping"], matrices.live_rank(stack), matrices.known(stack)
-            batches.setdefault((g["update"] if warm else "adam", stack.device), []).append(slab)
+            batches.setdefault((rule, stack.device), []).append(slab)
         for (rule, device), slabs in batches.items():
             self._ops(f"{rule}_update", slabs, found_inf[device])
         for stack in stacks:
