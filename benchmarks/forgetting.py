@@ -2,18 +2,18 @@
 
 Each run fine-tunes a LoRA adapter of the demo's task from a pre-trained base and measures the loss on the text the base
 was pre-trained for, before and after, beside the update's r_eff, ρ_align and π_proj (with S_u and S_d observed on the
-same batches for both optimizers). Fits the plain and the curvature-modulated law. Writes results/forgetting.csv and
-results/forgetting.png.
+same batches for both optimizers). Fits the plain and the curvature-modulated law. Goes on where results/forgetting.csv
+ends, and writes it and results/forgetting.png.
 """
 
 import argparse
-import csv
 import functools
+import itertools
 import time
 from typing import Any
 
 import torch
-from harness import RESULTS, table, write_csv
+from harness import RESULTS, read_csv, table, write_csv
 
 from curvopt.analysis import drift, fit_forgetting_law, observe, plot_forgetting
 from curvopt.demo import task as demo_task
@@ -24,7 +24,7 @@ SIZES = {
     "demo": demo_task.PretrainConfig(),
 }
 OPTIMIZERS = {"AdamW": "adamw", "GritKFAC": "grit"}
-PINNED = {"GritKFAC": {"update": "eigen"}}  # as recorded
+KEY = ("model", "optimizer", "seed", "steps")
 MODULATORS = ("r_eff", "rho_align", "pi_proj")
 PROBES, PROBE_SEED = 8, 10_000  # batches on which S_u and S_d are observed, the same ones for every run
 
@@ -48,8 +48,6 @@ def run(size: str, steps: int, name: str, seed: int, args: argparse.Namespace) -
     domains, lr = task["domains"], LEARNING_RATES[OPTIMIZERS[name]]
     model = demo_task.lora_model(task["base"], args.rank, seed)
     optimizer: Any = optimizers()[OPTIMIZERS[name]](model, lr)
-    for group in optimizer.param_groups:
-        group.update(PINNED.get(name, {}))
     data = demo_task.batches(domains.topics, args.batch, args.length, steps, seed)
     demo_task.fine_tune(model, optimizer, data, steps)
     if hasattr(optimizer, "remove_hooks"):
@@ -86,20 +84,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--refit", action="store_true", help="only fit and draw results/forgetting.csv")
     args = parser.parse_args()
-    path = RESULTS / "forgetting.csv"
-    if args.refit:
-        with path.open(encoding="utf-8") as f:
-            report(list(csv.DictReader(f)))
-        return
     torch.set_num_threads(1)
-    grid = [(size, n, name, s) for s in range(args.seeds) for size in SIZES for n in args.steps for name in OPTIMIZERS]
-    rows: list[dict[str, Any]] = []
-    for place in grid:
-        rows.append(run(*place, args))
-        print(rows[-1], flush=True)
-        write_csv(path, rows)  # each time, so that an interrupted run is not lost
+    path = RESULTS / "forgetting.csv"
+    rows = read_csv(path)
+    done = {tuple(row[key] for key in KEY) for row in rows}
+    for seed, size, steps, name in itertools.product(range(args.seeds), SIZES, args.steps, OPTIMIZERS):
+        if (size, name, seed, steps) not in done:
+            rows.append(run(size, steps, name, seed, args))
+            print(rows[-1], flush=True)
+            write_csv(path, rows)  # each time, so that an interrupted run is not lost
     columns = ("model", "optimizer", "steps", "seed", "loss0", "loss", "held_out", "norm", *MODULATORS)
     print(table(rows, columns))
     report(rows)

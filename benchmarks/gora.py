@@ -2,9 +2,9 @@
 
     python benchmarks/gora.py
 
-Uniform-rank LoRA and GoRAInit, each with AdamW and GritKFAC (with "eigen", as recorded), on the same batches; GoRAInit
-looks at ``--calibration`` further ones first. Rows, one per run, go to results/gora.csv, the ranks by layer to
-results/gora_ranks.csv and their plot to results/gora.png. Times are CPU seconds.
+Uniform-rank LoRA and GoRAInit, each with AdamW and GritKFAC, on the same batches; GoRAInit looks at ``--calibration``
+further ones first. Rows, one per run, go to results/gora.csv, the ranks by layer to results/gora_ranks.csv and their
+plot to results/gora.png. Times are CPU seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MAKERS = {
     "AdamW": lambda model, lr: torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr, weight_decay=0
     ),
-    "GritKFAC eigen": lambda model, lr: GritKFAC(model, lr=lr, update="eigen"),
+    "GritKFAC": lambda model, lr: GritKFAC(model, lr=lr),
 }
 STARTS = ("LoRA", "GoRA")
 

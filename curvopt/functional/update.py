@@ -94,15 +94,20 @@ def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
 
 def polar_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     """Adam in the eigenbasis, then its step with singular values made alike, matrix by matrix."""
-    for s in _pieces(slabs):
-        delta, _, spare = _adam(s, None if s.matrix is None else s.matrix.mT, found_inf)
-        G = delta @ delta.mT if s.rank_dim == 1 else delta.mT @ delta
+    for s in slabs:
+        steps, grams = [], []
+        for p in _pieces([s]):
+            delta, _, spare = _adam(p, None if p.matrix is None else p.matrix.mT, found_inf)
+            steps.append((p, delta, spare))
+            grams.append(delta @ delta.mT if s.rank_dim == 1 else delta.mT @ delta)
+        G = torch.cat(grams)
         if s.reduce is not None:
             s.reduce(G)
         M = equalising(G, s.damping, s.k, s.known)
         if s.matrix is not None:
             M = s.matrix.to(M.dtype) @ M
-        apply_delta(s.params, s.hyper, left(M, delta, s.rank_dim, out=spare), found_inf)
+        for (p, delta, spare), own in zip(steps, M.split([len(d) for _, d, _ in steps]), strict=True):
+            apply_delta(p.params, p.hyper, left(own, delta, s.rank_dim, out=spare), found_inf)
 
 
 def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None, known: Tensor | None = None) -> Tensor:
@@ -167,8 +172,6 @@ def _pieces(slabs: Sequence[Slab]) -> Iterator[Slab]:
                 step=s.step if cut.stop == L else s.step.clone(),  # the last piece counts for all
                 matrix=None if s.matrix is None else s.matrix[cut],
                 spare=None if s.spare is None else s.spare[: cut.stop - i],
-                k=None if s.k is None else s.k[cut],
-                known=None if s.known is None else s.known[cut],
             )
 
 
