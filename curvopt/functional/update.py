@@ -24,6 +24,7 @@ eigen's, since it moves all r directions alike. It is to Adam's step what Muon's
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,20 +95,37 @@ def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
 
 def polar_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     """Adam in the eigenbasis, then its step with singular values made alike, matrix by matrix."""
+    batches: dict[Any, list[Slab]] = {}
     for s in slabs:
-        steps, grams = [], []
+        damping = id(s.damping) if isinstance(s.damping, Tensor) else s.damping
+        like = (s.exp_avg.shape[s.rank_dim], compute_dtype(s.exp_avg.dtype), s.exp_avg.device)
+        batches.setdefault((like, damping, s.k is None, s.known is None), []).append(s)
+    for batch in batches.values():
+        _polar(batch, found_inf)
+
+
+def _polar(slabs: Sequence[Slab], found_inf: Tensor) -> None:
+    """Update slabs of one rank and damping: the r×r work, many short calls, is done once for all of them."""
+    steps, grams = [], []
+    for s in slabs:
+        own = []
         for p in _pieces([s]):
             delta, _, spare = _adam(p, None if p.matrix is None else p.matrix.mT, found_inf)
             steps.append((p, delta, spare))
-            grams.append(delta @ delta.mT if s.rank_dim == 1 else delta.mT @ delta)
-        G = torch.cat(grams)
+            own.append(delta @ delta.mT if s.rank_dim == 1 else delta.mT @ delta)
+        grams.append(torch.cat(own))
         if s.reduce is not None:
-            s.reduce(G)
-        M = equalising(G, s.damping, s.k, s.known)
-        if s.matrix is not None:
-            M = s.matrix.to(M.dtype) @ M
-        for (p, delta, spare), own in zip(steps, M.split([len(d) for _, d, _ in steps]), strict=True):
-            apply_delta(p.params, p.hyper, left(own, delta, s.rank_dim, out=spare), found_inf)
+            s.reduce(grams[-1])
+    k, known = _cat([s.k for s in slabs]), _cat([s.known for s in slabs])
+    M = equalising(torch.cat(grams), slabs[0].damping, k, known)
+    for (p, delta, spare), own in zip(steps, M.split([len(p.params) for p, _, _ in steps]), strict=True):
+        M = own if p.matrix is None else p.matrix.to(own.dtype) @ own
+        apply_delta(p.params, p.hyper, left(M, delta, p.rank_dim, out=spare), found_inf)
+
+
+def _cat(found: list[Tensor | None]) -> Tensor | None:
+    given = [x for x in found if x is not None]
+    return torch.cat(given) if given else None
 
 
 def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None, known: Tensor | None = None) -> Tensor:
@@ -186,16 +204,14 @@ def _through_and_back(s: Slab, forward: Tensor | None, back: Tensor | None, foun
 def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Advance the moments with M ∇; return −lr · m̂ / (√v̂ + ε), zero if ``found_inf``, m unrounded, and a buffer.
 
-    Stacks are as large as the adapter, so the two that a step needs are used twice.
+    Stacks are as large as the adapter, so the two that a step needs are used twice: the update takes the place of the
+    gradients, and the buffer, which slabs share, is free again.
     """
     wide = compute_dtype(s.exp_avg.dtype)
     own = torch.stack(s.grads).to(wide) if isinstance(s.grads, list) else s.grads
     spare = torch.empty_like(own) if s.spare is None else s.spare
-    if M is None:
-        grads, delta = own, spare.zero_()
-    else:
-        grads = left(M.to(own.dtype), own, s.rank_dim, out=spare)
-        delta = own.zero_()
+    grads = spare.copy_(own) if M is None else left(M.to(own.dtype), own, s.rank_dim, out=spare)
+    delta = own.zero_()
     exp_avg, exp_avg_sq = s.exp_avg.to(wide), s.exp_avg_sq.to(wide)
     # torch's CPU kernel rounds what is left over after its vectors otherwise: to the bit AdamW's only matrix by matrix
     whole = delta[0].numel() % 64 == 0 or not delta.is_cpu

@@ -11,7 +11,7 @@ from strategies import DTYPES, few, generator, orthogonal, random_spd, rank_dims
 
 from curvopt.functional import compute_dtype
 from curvopt.functional.inverse import damped_inverse, damped_inverse_root, eigenbasis
-from curvopt.functional.update import RULES, Hyper, Slab
+from curvopt.functional.update import CHUNK, RULES, Hyper, Slab
 
 ROTATED = ["adam", "eigen", "whiten"]
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
@@ -360,19 +360,24 @@ def test_both_storages_give_the_transposed_result(seed, rule, dtype, r, d):
 
 
 @all_rules
-def test_slabs_and_matrices_are_independent(rule):
-    """One call over two slabs, of two matrices each, is four calls over one matrix."""
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("chunk", [1, CHUNK])
+def test_slabs_and_matrices_are_independent(rule, identity, chunk, monkeypatch):
+    """One call over three slabs of two matrices each, in one buffer, is six calls over one matrix."""
+    monkeypatch.setattr("curvopt.functional.update.CHUNK", chunk)
     g = generator(8)
     hyper = replace(HYPER, weight_decay=0.1)
-    S = random_spd(4, 4, g)
-    slabs = [make_slab(2, 4, 16, 1, torch.float64, hyper, MATRICES[rule](S[:2]), 10)]
-    slabs.append(make_slab(2, 4, 16, 2, torch.float64, hyper, MATRICES[rule](S[2:]), 20))
-    singles = []
-    for s in slabs:
+    spare = torch.empty(2 * 4 * 16, dtype=torch.float64)
+    slabs, singles = [], []
+    for i, (rank_dim, damping) in enumerate(((1, 0.1), (2, 0.1), (1, 0.5))):
+        M = None if identity else MATRICES[rule](random_spd(2, 4, g))
+        s = make_slab(2, 4, 16, rank_dim, torch.float64, hyper, M, 10 * i)
+        s.damping, s.spare = damping, spare.view(s.exp_avg.shape)
+        slabs.append(s)
         for n in range(2):
             moments = (s.exp_avg[n : n + 1].clone(), s.exp_avg_sq[n : n + 1].clone())
-            single = (s.step.clone(), s.rank_dim, s.matrix[n : n + 1], hyper)
-            singles.append(Slab([s.params[n].clone()], torch.empty(0), *moments, *single))
+            single = (s.step.clone(), rank_dim, None if M is None else M[n : n + 1], hyper)
+            singles.append(Slab([s.params[n].clone()], torch.empty(0), *moments, *single, damping=damping))
     for _ in range(3):
         grads = [[x.double() for x in draw(s, g)] for s in slabs]
         for s, x in zip(slabs, grads, strict=True):
@@ -382,6 +387,7 @@ def test_slabs_and_matrices_are_independent(rule):
             take(rule, s, [x])
     for p, single in zip([p for s in slabs for p in s.params], singles, strict=True):
         torch.testing.assert_close(p, single.params[0], rtol=0, atol=100 * EPS[torch.float64])
+    assert [s.step.item() for s in slabs] == [3, 3, 3]
 
 
 @all_rules
