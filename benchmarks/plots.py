@@ -16,6 +16,7 @@ from findings import BASE, Runs, exponent, step_times
 from harness import RESULTS, Row, read_csv
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from tasks import TASKS
+from training import SEARCH_SEED
 
 DPI = 130
 # one colour an optimizer in every plot; those that are not named share a grey
@@ -89,32 +90,29 @@ def loss_curves(runs: Runs, clock: str) -> None:
 
 
 def rates(runs: Runs) -> None:
-    """Validation loss against learning rate."""
+    """Validation loss against learning rate, on the seed that chooses it."""
     tasks = runs.tasks()
     figure, axes = panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
-        for name in (name for name in SHOWN if name in runs.optimizers(task)):
-            own = [r for r in runs.rows if (r["task"], r["optimizer"], r["horizon"]) == (task, name, 1.0)]
-            lrs = sorted({r["lr"] for r in own})
-            loss = [statistics.fmean(r["valid"] for r in own if r["lr"] == lr) for lr in lrs]
-            axis.plot(lrs, loss, marker="o", ms=4, color=COLOURS[name], label=name)
-        ticks = sorted({r["lr"] for r in runs.rows if r["task"] == task})
+        searched = [r for r in runs.rows if (r["task"], r["seed"], r["horizon"]) == (task, SEARCH_SEED, 1.0)]
+        searched = sorted((r for r in searched if r["optimizer"] in SHOWN), key=lambda r: r["lr"])
+        for name in SHOWN:
+            own = [r for r in searched if r["optimizer"] == name]
+            axis.plot(
+                [r["lr"] for r in own], [r["valid"] for r in own], marker="o", ms=4, color=COLOURS[name], label=name
+            )
+        ticks = sorted({r["lr"] for r in searched})
         axis.set(
             xscale="log", title=TASKS[task].title, xlabel="learning rate", ylabel=f"validation loss, {TASKS[task].unit}"
         )
         axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks], rotation=45, fontsize=8)
         axis.minorticks_off()
         axis.title.set_fontsize(10)
-        values = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
+        values = [r["valid"] for r in searched if math.isfinite(r["valid"])]
         goal = statistics.fmean(runs.column(task, BASE, "valid"))
         axis.set_ylim(0.97 * min(values), min(max(values), 10 * goal if goal < 0.2 else 1.5 * goal))
         logarithmic(axis.yaxis)
-    finish(
-        figure,
-        axes,
-        "rates.png",
-        "Final validation loss against learning rate (mean over the seeds that ran: more of them at the best)",
-    )
+    finish(figure, axes, "rates.png", "Final validation loss against learning rate, on the seed that chooses it")
 
 
 def frontier(runs: Runs) -> None:

@@ -39,7 +39,7 @@ class Task(ABC):
     scaled: tuple[str, ...] = ()
     scaled_inputs: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
-    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+    rates: tuple[float, ...] = tuple(1e-3 * 2.0**i for i in range(-4, 11))  # nobody's best is at an end
 
     def __init__(self) -> None:
         self.base = self.pretrained()

@@ -32,7 +32,6 @@ class Regression(Task):
     steps, batch = 300, 32
     targets = ("linear",)
     scaled = ("linear",)
-    rates = (*Task.rates, 0.128, 0.256)
 
     def pretrained(self) -> nn.Module:
         """Draw the layer, its goal and the covariance of the inputs."""
