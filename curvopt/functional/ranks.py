@@ -97,6 +97,10 @@ class RankPlan:
     budget: float
     spent: float
 
+    def __str__(self) -> str:
+        least, most = min(self.ranks.values(), default=0), max(self.ranks.values(), default=0)
+        return f"{len(self.ranks)} layers, ranks {least} to {most}, {self.spent:g} of a budget of {self.budget:g}"
+
 
 def allocate(
     importances: Mapping[str, float],

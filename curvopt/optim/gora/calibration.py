@@ -1,6 +1,6 @@
 """What GoRAInit gathers before it decides: per layer a sum of gradients and how many steps are in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from curvopt.distributed import all_reduce_sums, world_size
 from curvopt.functional import compute_dtype
 from curvopt.functional.gradient_init import compressed_start, frobenius, mean_abs, nuclear, step_size
+from curvopt.functional.ranks import RankPlan, allocate
 from curvopt.lora import LoraPair, resize_pair
 from curvopt.lora.gradients import (
     BaseGradients,
@@ -23,6 +24,13 @@ from curvopt.lora.gradients import (
 
 IMPORTANCES = ("mean_abs", "frobenius", "nuclear", "grad_b")
 KEYS = ("gradient", "seen", "skipped", "importance")  # state of one pair, kept under its B
+
+
+def plan_for(pairs: Sequence[LoraPair], importances: Sequence[float], g: Mapping[str, Any]) -> RankPlan:
+    """Return the ranks that a param group's settings give pairs of these importances."""
+    shapes = {pair.name: layer_shape(pair) for pair in pairs}
+    names = {key: g[key] for key in ("rank", "min_rank", "max_rank", "allocation", "budget_weight")}
+    return allocate(dict(zip(shapes, importances, strict=True)), shapes, **names)
 
 
 class Calibration:
@@ -110,12 +118,20 @@ class Calibration:
             self._own_sums[pair] = self._own_sums[pair].add_(part) if pair in self._own_sums else part
             self._own_seen[pair] = self._own_seen.get(pair, torch.zeros((), device=bad.device)) + ~bad
 
-    def turn_round(self, generator: torch.Generator | None) -> list[LoraPair]:
-        """Draw A where it is zero and B's gradient is wanted (PEFT's embeddings start so), and return those pairs."""
+    def start_anew(self, changed: Sequence[LoraPair], generator: torch.Generator | None) -> int:
+        """Set B to zero in ``changed``, and draw A where it is zero and B's gradient is wanted (PEFT's embeddings).
+
+        Returns:
+            How many pairs that concerned; if any, what was summed is forgotten.
+        """
         turned = [pair for pair in self.pairs if self.capture is None and not pair.A.any()]
         for pair in turned:
             draw_rows(pair, generator)
-        return turned
+        for pair in (anew := [*changed, *turned]):
+            pair.B.data.zero_()
+        if anew:
+            self.forget()
+        return len(anew)
 
     def forget(self) -> None:
         """Forget all that was summed."""
@@ -143,6 +159,20 @@ class Calibration:
                 self.skipped = state["skipped"].to(self.skipped.device)
             if "importance" in state:
                 self.last[pair] = state["importance"]
+
+    def restore(
+        self,
+        sums: Sequence[Mapping[str, Tensor]],
+        groups: Sequence[dict[str, Any]],
+        states: MutableMapping[Tensor, dict[str, Any]],
+    ) -> None:
+        """Put sums that were saved parameter by parameter back into the state, and take them over."""
+        params = [p for g in groups for p in g["params"]]
+        for p, kept in zip(params, sums, strict=True):
+            for key, value in kept.items():
+                device = "cpu" if key == "gradient" and groups[0]["offload"] else p.device
+                states[p][key] = value.to(device, copy=True)
+        self.load(states, groups[0]["staged"])
 
     # ------------------------------------------------------------------ at the end
 

@@ -1,7 +1,7 @@
 """What GoRAInit's arguments may be, group by group, and which adapters it can take."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,7 @@ from curvopt.lora import LoraPair
 from curvopt.lora.gradients import base_layer, layer_shape
 from curvopt.lora.resize import check_resize
 from curvopt.optim.checking import check, is_number, is_whole
-from curvopt.optim.gora.calibration import IMPORTANCES
-
-if TYPE_CHECKING:
-    from curvopt.optim.gora.optimizer import GoRAInit
+from curvopt.optim.gora.calibration import IMPORTANCES, plan_for
 
 # one budget for all groups, so they must agree on everything but the learning rate
 SHARED = ("rank", "min_rank", "max_rank", "calibration_steps", "init_lr", "importance", "allocation", "budget_weight",
@@ -55,9 +52,8 @@ def check_groups_agree(groups: Sequence[dict[str, Any]]) -> None:
             check(name, (groups[0][name], g[name]), groups[0][name] == g[name], "the same in all groups")
 
 
-def check_pairs(own: "GoRAInit", pairs: Sequence[LoraPair]) -> None:
+def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> None:
     """Raise a ValueError if some adapter cannot be calibrated, or their shapes do not allow the budget."""
-    g, model = own.param_groups[0], own._model
     check("params", type(model).__name__, bool(pairs), "a model with a plain pair whose B is trainable")
     wrapped = isinstance(model, DistributedDataParallel)
     allowed = "False around DistributedDataParallel, which holds on to shapes; or calibrate first and wrap then"
@@ -72,7 +68,7 @@ def check_pairs(own: "GoRAInit", pairs: Sequence[LoraPair]) -> None:
         if g["resize"]:
             check_resize(pair, pair.rank)
     if g["allocation"] == "exact":
-        own._allocate(list(pairs), [1.0] * len(pairs))
+        plan_for(pairs, [1.0] * len(pairs), g)
 
 
 def check_start(g: dict[str, Any], pairs: Sequence[LoraPair]) -> list[LoraPair]:

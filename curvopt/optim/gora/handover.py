@@ -1,8 +1,8 @@
 """GoRAInit's search for lr₀, and what it does once another optimizer is in charge."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,7 @@ from torch import Tensor
 from curvopt.distributed import all_reduce_sums, world_size
 from curvopt.functional.ranks import RankPlan
 from curvopt.lora import LoraPair, resize_pair
-from curvopt.optim.base import RankSpaceOptimizer
 from curvopt.optim.gora.calibration import KEYS, write_start
-
-if TYPE_CHECKING:
-    from curvopt.optim.gora.optimizer import GoRAInit
 
 # ------------------------------------------------------------------------------------------------ lr₀ by trial
 
@@ -60,12 +56,13 @@ def build(then: Callable[[Any], torch.optim.Optimizer] | None, model: Any) -> to
     return made
 
 
-def delegate_step(own: "GoRAInit", closure: Callable[[], Any] | None) -> Any:
-    """Let the delegate step at its own rates times what schedules have made of ours.
+def delegate_step(
+    delegate: torch.optim.Optimizer | None, own: torch.optim.Optimizer, closure: Callable[[], Any] | None
+) -> Any:
+    """Let the delegate step at its own rates times what schedules have made of our optimizer's.
 
     Its groups hold their own rates again afterwards, so that both may be edited and nothing piles up.
     """
-    delegate = own.delegate
     if delegate is None:
         raise RuntimeError("the calibration is over: build an optimizer for the model, or give then=")
     rates = [g["lr"] for g in delegate.param_groups]
@@ -73,7 +70,7 @@ def delegate_step(own: "GoRAInit", closure: Callable[[], Any] | None) -> Any:
     for word in passed:
         setattr(delegate, word, getattr(own, word))
     try:
-        for g, factor in zip(delegate.param_groups, _factors(own), strict=True):
+        for g, factor in zip(delegate.param_groups, _factors(delegate, own), strict=True):
             g["lr"] = g["lr"] if isinstance(factor, float) and factor == 1.0 else g["lr"] * factor
         return delegate.step() if closure is None else delegate.step(closure)
     finally:
@@ -83,60 +80,64 @@ def delegate_step(own: "GoRAInit", closure: Callable[[], Any] | None) -> Any:
             delattr(delegate, word)
 
 
-def _factors(own: "GoRAInit") -> list[Any]:
+def _factors(delegate: torch.optim.Optimizer, own: torch.optim.Optimizer) -> list[Any]:
     """Return lr over its reference for each group of the delegate: that of our group with its first parameter."""
     home = {p: g for g in own.param_groups for p in g["params"]}
-    theirs = [] if own.delegate is None else own.delegate.param_groups
-    groups = [next((home[p] for p in g["params"] if p in home), own.param_groups[0]) for g in theirs]
+    groups = [next((home[p] for p in g["params"] if p in home), own.param_groups[0]) for g in delegate.param_groups]
     return [g["lr"] / g.get("reference_lr", own.defaults["lr"]) for g in groups]
 
 
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def load(own: "GoRAInit", state_dict: dict[str, Any]) -> None:
-    """See `GoRAInit.load_state_dict`."""
+def resize(pairs: Sequence[LoraPair], plan: RankPlan, g: Mapping[str, Any]) -> None:
+    """Bring adapters that were not calibrated to the ranks of a plan, if the settings say that shapes may change."""
+    for pair in pairs if g["resize"] else ():
+        if plan.ranks.get(pair.name, pair.rank) != pair.rank:
+            resize_pair(pair, plan.ranks[pair.name], keep_scaling=g["keep_scaling"])
+
+
+@dataclass
+class Saved:
+    """A state_dict of GoRAInit, taken apart.
+
+    Attributes:
+        plan: ranks, if the calibration was over.
+        delegate: the delegate's state_dict, if there was one.
+        groups: torch's part, without what was summed.
+        sums: what was summed under each parameter, in order.
+    """
+
+    plan: RankPlan | None
+    delegate: dict[str, Any] | None
+    groups: dict[str, Any]
+    sums: list[dict[str, Tensor]]
+
+
+def take_apart(state_dict: dict[str, Any], pairs: Sequence[LoraPair], plan: RankPlan | None) -> Saved:
+    """Return the parts of a state_dict.
+
+    Args:
+        state_dict: what is to be loaded.
+        pairs: of the optimizer that loads it.
+        plan: the one in force there; None while it calibrates.
+
+    Raises:
+        ValueError: its calibration is not over but ours is, or its plan does not fit.
+    """
     extra = state_dict.get("gora", {"plan": None, "delegate": None})
-    plan = None if extra["plan"] is None else RankPlan(**extra["plan"])
-    if plan is None and own.ready:
+    theirs = None if extra["plan"] is None else RankPlan(**extra["plan"])
+    if theirs is None and plan is not None:
         raise ValueError("state_dict is of a calibration that is not over, but this optimizer has handed over already")
-    names = {pair.name for pair in own.pairs}
-    unknown = [] if plan is None else [name for name in plan.ranks if name not in names]
+    names = {pair.name for pair in pairs}
+    unknown = [] if theirs is None else [name for name in theirs.ranks if name not in names]
     if unknown:
         raise ValueError(f"state_dict does not fit: its plan has a rank for {unknown[0]!r}, which is no pair here")
+    if plan not in (None, theirs):
+        raise ValueError("state_dict does not fit: its plan is not the one in force here")
     # torch would cast the sums to the dtype of B, and our shape check knows Adam's state alone
     states = state_dict["state"]
     light = {i: {k: v for k, v in state.items() if k not in KEYS} for i, state in states.items()}
-    if not own.ready:
-        own._calibration.forget()
-        own.state.clear()
-    RankSpaceOptimizer.load_state_dict(own, {**state_dict, "state": light})
     indices = [i for g in state_dict["param_groups"] for i in g["params"]]
-    params = [p for g in own.param_groups for p in g["params"]]
-    if plan is None:
-        for i, p in zip(indices, params, strict=True):
-            kept = {k: v for k, v in states.get(i, {}).items() if k in KEYS}
-            device = "cpu" if own.param_groups[0]["offload"] else p.device
-            for key, value in kept.items():
-                own.state[p][key] = value.to(device if key == "gradient" else p.device, copy=True)
-        own._calibration.load(own.state, own.param_groups[0]["staged"])
-        return
-    _restore(own, plan)
-    if extra["delegate"] is not None:
-        if own.delegate is None:
-            raise ValueError("state_dict has the state of a delegate: give then=")
-        own.delegate.load_state_dict(copy.copy(extra["delegate"]))
-
-
-def _restore(own: "GoRAInit", plan: RankPlan) -> None:
-    """Bring an optimizer that has not calibrated to where another one was."""
-    g = own.param_groups[0]
-    if own.ready and own.plan != plan:
-        raise ValueError("state_dict does not fit: its plan is not the one in force here")
-    if own.ready:
-        return
-    for pair in own.pairs:
-        if g["resize"] and pair.name in plan.ranks and plan.ranks[pair.name] != pair.rank:
-            resize_pair(pair, plan.ranks[pair.name], keep_scaling=g["keep_scaling"])
-    own._close(plan)
-    own._delegate = build(own._then, own._model)
+    sums = [{k: v for k, v in states.get(i, {}).items() if k in KEYS} for i in indices]
+    return Saved(theirs, extra["delegate"], {**state_dict, "state": light}, sums)

@@ -1,5 +1,6 @@
 """GoRAInit: a few batches decide the rank and the start of every adapter; then another optimizer goes on."""
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,13 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvopt.functional.ranks import RankPlan, allocate
+from curvopt.functional.ranks import RankPlan
 from curvopt.lora import LoraPair
-from curvopt.lora.gradients import layer_shape
 from curvopt.optim.base import RankSpaceOptimizer
 from curvopt.optim.checking import check
 from curvopt.optim.gora import checks, handover
-from curvopt.optim.gora.calibration import KEYS, Calibration, write_start
+from curvopt.optim.gora.calibration import KEYS, Calibration, plan_for, write_start
 
 log = logging.getLogger(__name__)
 AT_LEAST = 3  # steps before `convergence` may end the calibration
@@ -159,7 +159,7 @@ class GoRAInit(RankSpaceOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Calibrate, or let the delegate step; returns what ``closure`` returned, if given."""
         if self.ready:
-            return handover.delegate_step(self, closure)
+            return handover.delegate_step(self._delegate, self, closure)
         g = self.param_groups[0]
         if g["init_lr"] == "auto" and closure is None:
             raise ValueError("init_lr='auto' evaluates the loss again: call step(closure), or give a number")
@@ -180,12 +180,9 @@ class GoRAInit(RankSpaceOptimizer):
     def _begin(self) -> bool:
         """See that every adapter adds nothing yet; returns whether this batch counts."""
         changed = checks.check_start(self.param_groups[0], self._calibration.pairs)
-        anew = changed + self._calibration.turn_round(self._generator)
-        for pair in anew:
-            pair.B.data.zero_()
+        anew = self._calibration.start_anew(changed, self._generator)
         if anew:
-            log.info("%d adapters start anew; this batch is not counted", len(anew))
-            self._calibration.forget()
+            log.info("%d adapters start anew; this batch is not counted", anew)
         return not anew
 
     def _finish(self, closure: Callable[[], Any] | None) -> None:
@@ -196,8 +193,7 @@ class GoRAInit(RankSpaceOptimizer):
             log.warning("none of %d calibration steps had a finite gradient; going on", g["clock"])
             return
         calibration.reduce(pairs)  # Σ Ḡ over processes
-        values = torch.stack(calibration.importances(pairs, self._generator)).tolist()
-        plan = self._allocate(pairs, values)
+        plan = plan_for(pairs, torch.stack(calibration.importances(pairs, self._generator)).tolist(), g)
         starts = calibration.place(pairs, plan.ranks, g, self._generator)  # ranks and A; B₀ for lr₀ = 1
         self._close(plan)
         init_lr = g["init_lr"]
@@ -206,18 +202,8 @@ class GoRAInit(RankSpaceOptimizer):
             super().zero_grad()
         for pair, start in starts.items():
             write_start(pair, start, init_lr)
-        spread = sorted(plan.ranks.values())
-        log.info(
-            "%d layers, ranks %d to %d, %g of a budget of %g, init_lr %g",
-            len(spread), spread[0], spread[-1], plan.spent, plan.budget, init_lr,
-        )  # fmt: skip
+        log.info("%s, init_lr %g", plan, init_lr)
         self._delegate = handover.build(self._then, self._model)
-
-    def _allocate(self, pairs: list[LoraPair], values: list[float]) -> RankPlan:
-        g = self.param_groups[0]
-        shapes = {pair.name: layer_shape(pair) for pair in pairs}
-        names = {key: g[key] for key in ("rank", "min_rank", "max_rank", "allocation", "budget_weight")}
-        return allocate(dict(zip(shapes, values, strict=True)), shapes, **names)
 
     def _close(self, plan: RankPlan) -> None:
         """End the calibration: no hooks, no sums."""
@@ -259,7 +245,21 @@ class GoRAInit(RankSpaceOptimizer):
         Raises:
             ValueError: the calibration is over here but not in the state, or the state does not fit.
         """
-        handover.load(self, state_dict)
+        saved = handover.take_apart(state_dict, self._pairs, self._plan)
+        if saved.delegate is not None and (self._delegate if self.ready else self._then) is None:
+            raise ValueError("state_dict has the state of a delegate: give then=")
+        if not self.ready:
+            self._calibration.forget()
+            self.state.clear()
+        super().load_state_dict(saved.groups)
+        if saved.plan is None:
+            self._calibration.restore(saved.sums, self.param_groups, self.state)
+        elif not self.ready:
+            handover.resize(self._pairs, saved.plan, self.param_groups[0])
+            self._close(saved.plan)
+            self._delegate = handover.build(self._then, self._model)
+        if self._delegate is not None and saved.delegate is not None:
+            self._delegate.load_state_dict(copy.copy(saved.delegate))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__.get(key) for key in ("_then", "_plan", "_delegate", "_dropped")}
@@ -279,7 +279,7 @@ class GoRAInit(RankSpaceOptimizer):
     def _check_pairs(self) -> None:
         checks.check_groups_agree(self.param_groups)
         if self._pairs and not self.ready:
-            checks.check_pairs(self, self._treated())
+            checks.check_pairs(self.param_groups[0], self._model, self._treated())
 
     def _treated(self) -> list[LoraPair]:
         """Return the pairs to calibrate: plain ones whose B is trainable and ours."""

@@ -62,8 +62,6 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
 
     _stacked = False
     _live: ClassVar[weakref.WeakSet["MatryoshkaScaledAdam"]] = weakref.WeakSet()
-    # what every pair held when the outermost truncated() began; None outside
-    _whole: dict[LoraPair, Tensor] | None = None
 
     def __init__(
         self,
@@ -86,6 +84,7 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
         if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
             raise TypeError(f"generator must be None or a torch.Generator on the CPU, got {generator!r}")
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self._whole: dict[LoraPair, Tensor] = {}  # what truncated() took away; empty outside
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
             "ranks": ranks, "scale": scale, "nesting": nesting, "draw": None,
@@ -98,7 +97,7 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns what ``closure`` returned, if given."""
-        if self._whole is not None:
+        if self._whole:
             raise RuntimeError("no step inside of truncated(): the model holds one of its ranks")
         loss = self._evaluate(closure)
         self._follow_settings()
@@ -203,7 +202,8 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
         Raises:
             ValueError: the rank is below 1, above every pair's, or was not trained.
         """
-        return truncation.truncated(self, truncation.resolve(self._nests, rank, strict), keep_P)
+        ranks = truncation.resolve(self._nests, rank, strict)
+        return truncation.truncated(self._nests, self.state, ranks, keep_P, self._whole)
 
     def export(
         self, path: str | Path, rank: int, *, strict: bool = True, keep_P: bool = False, pad_to: int | None = None,
@@ -223,7 +223,8 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
             TypeError, ValueError: see `truncated` and `curvopt.lora.export_adapter`.
         """
         ranks = truncation.resolve(self._nests, rank, strict)
-        return truncation.export(self, self._model if model is None else model, path, ranks, pad_to, keep_P)
+        with self.truncated(rank, strict=strict, keep_P=keep_P):
+            return truncation.export(self._model if model is None else model, path, ranks, self._adapter, pad_to)
 
     # ------------------------------------------------------------------ reading
 
@@ -252,6 +253,7 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
         return {**super().__getstate__(), "_generator_state": self._generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._whole = {}
         copied = state.pop("_generator_state", None)
         if copied is not None:
             self._generator = torch.Generator()

@@ -3,17 +3,14 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvopt.lora import LoraPair, export_adapter, find_lora_pairs
 from curvopt.optim.checking import check, is_whole
 from curvopt.optim.matryoshka.nests import Nest, scaled_rows
-
-if TYPE_CHECKING:
-    from curvopt.optim.matryoshka.optimizer import MatryoshkaScaledAdam
 
 
 def resolve(nests: Mapping[LoraPair, Nest], rank: Any, strict: bool) -> dict[LoraPair, int]:
@@ -33,20 +30,35 @@ def resolve(nests: Mapping[LoraPair, Nest], rank: Any, strict: bool) -> dict[Lor
 
 
 @contextmanager
-def truncated(optimizer: "MatryoshkaScaledAdam", ranks: Mapping[LoraPair, int], keep_P: bool = False) -> Iterator[None]:
-    """Hold every pair of ``ranks`` at its rank; see `MatryoshkaScaledAdam.truncated`."""
+def truncated(
+    nests: Mapping[LoraPair, Nest],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    ranks: Mapping[LoraPair, int],
+    keep_P: bool,
+    whole: dict[LoraPair, Tensor],
+) -> Iterator[None]:
+    """Hold every pair at its rank; see `MatryoshkaScaledAdam.truncated`.
+
+    Args:
+        nests: of every pair.
+        state: the optimizer's.
+        ranks: of every pair.
+        keep_P: the first directions as they were trained.
+        whole: what every pair held when the outermost context began, kept by it for the inner ones; empty outside.
+    """
     held = {pair: pair.A.detach().clone() for pair in ranks}
-    outer = optimizer._whole
-    whole = optimizer._whole = held if outer is None else outer  # what the outermost context found
+    outermost = not whole
+    if outermost:
+        whole.update(held)
     try:
         with torch.no_grad():
             for pair, rank in ranks.items():
-                nest, state = optimizer._nests[pair], optimizer.state.get(pair.A, {})
-                if "full" in state and state["step"] > 0:
-                    rows = scaled_rows(state["full"], nest.prefix(rank, full=True), pair.dim_A)
+                own = state.get(pair.A, {})
+                if "full" in own and own["step"] > 0:
+                    rows = scaled_rows(own["full"], nests[pair].prefix(rank, full=True), pair.dim_A)
                     pair.matrix("A", pair.A).copy_(rows)
                 else:
-                    factors = nest.prefix(rank, full=False)
+                    factors = nests[pair].prefix(rank, full=False)
                     factors = tuple(float(f > 0) for f in factors) if keep_P else factors
                     pair.A.copy_(scaled_rows(whole[pair], factors, pair.dim_A))
         yield
@@ -54,22 +66,16 @@ def truncated(optimizer: "MatryoshkaScaledAdam", ranks: Mapping[LoraPair, int], 
         with torch.no_grad():
             for pair, A in held.items():
                 pair.A.copy_(A)
-        optimizer._whole = outer
+        if outermost:
+            whole.clear()
 
 
 def export(
-    optimizer: "MatryoshkaScaledAdam",
-    model: Any,
-    path: str | Path,
-    ranks: Mapping[LoraPair, int],
-    pad_to: int | None,
-    keep_P: bool,
+    model: Any, path: str | Path, ranks: Mapping[LoraPair, int], adapter: str | None, pad_to: int | None
 ) -> Path:
-    """Write ``model``'s adapter with every pair cut to its rank; see `MatryoshkaScaledAdam.export`."""
-    adapter = optimizer._adapter
+    """Write ``model``'s adapter as it computes now, with every pair cut to its rank."""
     chosen = getattr(model, "active_adapter", None) if adapter is None else adapter
     pairs = find_lora_pairs(model, chosen) if isinstance(model, nn.Module) and isinstance(chosen, str) else []
     own = {id(pair.A): rank for pair, rank in ranks.items()}
     cut = {pair.name: own[id(pair.A)] for pair in pairs if id(pair.A) in own}
-    with truncated(optimizer, ranks, keep_P):
-        return export_adapter(model, path, adapter=adapter, ranks=cut, pad_to=pad_to)
+    return export_adapter(model, path, adapter=adapter, ranks=cut, pad_to=pad_to)
