@@ -61,6 +61,8 @@ def work(make: Factory, shape: Shape, r: int, args: argparse.Namespace) -> tuple
 def timed(who: dict[str, Factory], shape: Shape, r: int, args: argparse.Namespace) -> Iterator[Row]:
     """Time each optimizer in turn beside the baseline, two sets of adapters in memory at a time."""
     for name, make in who.items():
+        if name not in (args.optimizers or who):
+            continue
         torch.manual_seed(0)
         works = {name: work(make, shape, r, args)}
         if name != BASELINE:
@@ -135,13 +137,15 @@ def capture(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 PARTS = {"axes": axes, "blocks": blocks, "models": models, "split": split, "capture": capture}
-COLUMNS = ("part", "axis", "model", "r", "pairs", "d", "optimizer", "median_ms", "ratio", "ratio_p10", "ratio_p90")
+KEY = ("part", "axis", "model", "r", "pairs", "d", "optimizer")
+COLUMNS = (*KEY, "median_ms", "ratio", "ratio_p10", "ratio_p90")
 
 
 def main() -> None:
     """Run the parts asked for, print each row, merge the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--optimizers", nargs="+", help="measure these, and keep the other rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=7, help="counted blocks of ten steps")
     parser.add_argument("--tokens", type=int, default=8, help="rows that the hooks see before a step (not timed)")
@@ -153,11 +157,12 @@ def main() -> None:
     path = RESULTS / ("quick" if args.quick else ".") / "step_time.csv"
     mark = stamp(args.device)
     for part in args.parts:
-        kept = [row for row in read_csv(path) if row["part"] != part]
+        kept = {tuple(row[key] or "" for key in KEY): row for row in read_csv(path)}
         rows: list[Row] = []
         for row in PARTS[part](args, sizes):
             rows.append({**dict.fromkeys(COLUMNS, ""), **row, **mark})
-            write_csv(path, kept + rows)  # at once: a long part may be interrupted
+            kept[tuple(rows[-1][key] for key in KEY)] = rows[-1]
+            write_csv(path, list(kept.values()))  # at once: a long part may be interrupted
         print(table([{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], COLUMNS))
 
 
