@@ -30,7 +30,7 @@ PACKED = {4: 16, 8: 8, 16: 4, 32: 2}
 @triton.jit
 def _partial(
     z, weights, count, begin, end,
-    R: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
     WEIGHTED: tl.constexpr, UP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Return the W×W Gram matrix of packed rows ``begin`` to ``end``, each P rows of z side by side."""
@@ -38,17 +38,20 @@ def _partial(
     G = tl.zeros([W, W], tl.float32)
     for n0 in range(begin, end, BN):
         row = n0 + n
+        token = row[:, None] * P + c[None, :] // R
         inside = (row < end)[:, None] & (c < P * R)[None, :]
+        if P > 1:  # the last packed row need not be full
+            inside = inside & (token < count)
         at = row.to(tl.int64)[:, None] * (P * R) + c[None, :]
         x = tl.load(z + at, mask=inside, other=0.0)
-        token = row[:, None] * P + c[None, :] // R
-        x = tl.where(token < count, x, tl.zeros([BN, W], T))
+        if P == 1:  # changes nothing but the plan: without it float32 rows are not copied asynchronously
+            x = tl.where(token < count, x, tl.zeros([BN, W], x.dtype))
         y = x
         if WEIGHTED or UP:
             x = x.to(tl.float32)
             y = x
         if WEIGHTED:
-            y = x * tl.load(weights + token, mask=inside & (token < count), other=0.0)
+            y = x * tl.load(weights + token, mask=inside, other=0.0)
         G = tl.dot(tl.trans(x), y, G, input_precision=PREC)
     return G
 
@@ -61,6 +64,7 @@ def _take(S, G, t_ptr, took_ptr, trace_ptr, found_inf, decay, i, j, R: tl.conste
     bad = tl.sum(tl.sum(tl.where(tl.abs(G) < float("inf"), 0, 1), 1), 0)
     took = (bad == 0) & (tl.load(found_inf).to(tl.float32) == 0)
     t = tl.load(t_ptr) + took.to(tl.int32)
+    tl.debug_barrier()  # every thread has read t before one writes it
     tl.store(t_ptr, t)
     tl.store(took_ptr, took.to(tl.int8))
     # in float64, since 1 − β^t cancels; exactly 1 the first time
@@ -96,7 +100,7 @@ def _gram(
     share = (packed + SPLIT * BN - 1) // (SPLIT * BN) * BN
     begin = slice * share
     end = tl.minimum(begin + share, packed)
-    G = _partial(z, w, count, begin, end, R, P, W, BN, T, WEIGHTED, UP, PREC)
+    G = _partial(z, w, count, begin, end, R, P, W, BN, WEIGHTED, UP, PREC)
     a, b = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
     mine = work + matrix.to(tl.int64) * (SPLIT * W * W)
     tl.store(mine + slice * (W * W) + a * W + b, G)

@@ -42,5 +42,6 @@ def test_example_runs(source, tmp_path, monkeypatch):
 
 
 def test_paths_named_in_the_text_exist():
-    named = re.findall(r"(?:benchmarks|curvopt|kernels|docs)/[\w./-]+\.(?:py|csv|png|md)", " ".join(TEXTS.values()))
+    text = " ".join(TEXTS.values())
+    named = re.findall(r"(?:tests|benchmarks|curvopt|kernels|docs)/[\w./-]+\.(?:py|csv|png|md)", text)
     assert {path for path in named if not (ROOT / path).exists()} == set()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-OPS = ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck")
+OPS = ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck", "memcheck")
 NUMERICAL = [f"test_{op}.py" for op in OPS]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

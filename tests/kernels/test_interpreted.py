@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = [f"test_{op}.py" for op in ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck")]
+FILES = [
+    f"test_{op}.py" for op in ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck", "memcheck")
+]
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(
