@@ -132,7 +132,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in mark]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, [*columns, *mark])
+        writer = csv.DictWriter(f, [*columns, *mark], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**mark, **rounded(row)} for row in rows)
 
@@ -143,7 +143,7 @@ def append_csv(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> No
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns, extrasaction="ignore")
+        writer = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow({k: "" if v is None else v for k, v in flat.items()})
