@@ -110,17 +110,17 @@ def _polar(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     for s in slabs:
         own = []
         for p in _pieces([s]):
-            delta, _, spare = _adam(p, None if p.matrix is None else p.matrix.mT, found_inf)
-            steps.append((p, delta, spare))
+            delta, _, _ = _adam(p, None if p.matrix is None else p.matrix.mT, found_inf)
+            steps.append((p, delta))
             own.append(delta @ delta.mT if s.rank_dim == 1 else delta.mT @ delta)
         grams.append(torch.cat(own))
         if s.reduce is not None:
             s.reduce(grams[-1])
     k, known = _cat([s.k for s in slabs]), _cat([s.known for s in slabs])
     M = equalising(torch.cat(grams), slabs[0].damping, k, known)
-    for (p, delta, spare), own in zip(steps, M.split([len(p.params) for p, _, _ in steps]), strict=True):
+    for (p, delta), own in zip(steps, M.split([len(p.params) for p, _ in steps]), strict=True):
         M = own if p.matrix is None else p.matrix.to(own.dtype) @ own
-        apply_delta(p.params, p.hyper, left(M, delta, p.rank_dim, out=spare), found_inf)
+        apply_delta(p.params, p.hyper, left(M, delta, p.rank_dim, out=p.spare), found_inf)
 
 
 def _cat(found: list[Tensor | None]) -> Tensor | None:
