@@ -137,6 +137,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows({**mark, **rounded(row)} for row in rows)
 
 
+def merge_csv(path: Path, key: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write rows into a CSV: those with the same values under ``key`` are replaced, the others stay."""
+    kept = {tuple(row[k] or "" for k in key): row for row in [*read_csv(path), *rows]}
+    write_csv(path, list(kept.values()))
+
+
 def append_csv(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
     """Add a row to a CSV, with a head if it is new; lists are written with blanks between their numbers."""
     flat = {k: " ".join(f"{x:.5g}" for x in v) if isinstance(v, list) else v for k, v in rounded(row, 6).items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from adapters import BASELINE, Adapters, contestants, light
-from harness import RESULTS, peak_bytes, read_csv, stamp, table, write_csv
+from harness import RESULTS, merge_csv, peak_bytes, stamp, table, write_csv
 from shapes import MODELS, square
 
 
@@ -88,9 +88,11 @@ def main() -> None:
             ratio["peak_ratio"] = found["peak_growth_bytes"] / max(1, base["peak_growth_bytes"])
             rows.append({"model": where, "optimizer": name, "pairs": pairs, "r": args.rank, **found, **ratio})
     path = RESULTS / ("quick" if args.quick else ".") / "memory.csv"
-    new = {(row["model"], row["optimizer"]): {**row, **stamp(args.device)} for row in rows}
-    old = {(row["model"], row["optimizer"]): row for row in read_csv(path)} if args.optimizers else {}
-    write_csv(path, list((old | new).values()))
+    stamped = [{**row, **stamp(args.device)} for row in rows]
+    if args.optimizers:
+        merge_csv(path, ("model", "optimizer"), stamped)
+    else:
+        write_csv(path, stamped)
     print(table(rows, ["model", "optimizer", "pairs", "state_bytes", "state_ratio", "peak_ratio"]))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from adapters import BASELINE, Adapters, Factory, adamw, grit, heavy, light
-from harness import RESULTS, Row, interleave, ratios, read_csv, stamp, summary, table, write_csv
+from harness import RESULTS, Row, interleave, merge_csv, ratios, stamp, summary, table
 from shapes import MODELS, Shape, square
 
 CADENCE = 10  # steps between new matrices, for everybody
@@ -157,12 +157,10 @@ def main() -> None:
     path = RESULTS / ("quick" if args.quick else ".") / "step_time.csv"
     mark = stamp(args.device)
     for part in args.parts:
-        kept = {tuple(row[key] or "" for key in KEY): row for row in read_csv(path)}
         rows: list[Row] = []
         for row in PARTS[part](args, sizes):
             rows.append({**dict.fromkeys(COLUMNS, ""), **row, **mark})
-            kept[tuple(rows[-1][key] for key in KEY)] = rows[-1]
-            write_csv(path, list(kept.values()))  # at once: a long part may be interrupted
+            merge_csv(path, KEY, rows[-1:])  # at once: a long part may be interrupted
         print(table([{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], COLUMNS))
 
 

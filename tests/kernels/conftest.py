@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from numerical import NUMERICAL
 
-OPS = ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck", "memcheck")
-NUMERICAL = [f"test_{op}.py" for op in OPS]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 sys.path.insert(0, str(Path(__file__).parent))  # update_cases

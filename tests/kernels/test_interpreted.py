@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerical import NUMERICAL
 
-FILES = [
-    f"test_{op}.py" for op in ("inverse", "eigen", "update", "polar", "truncate", "moments", "selfcheck", "memcheck")
-]
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(
@@ -39,14 +37,14 @@ def run(file, marks):
     assert " passed" in done.stdout, "nothing ran:\n" + done.stdout[-2000:]
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", NUMERICAL)
 def test_in_interpreter(file):
     pytest.importorskip("triton")
     run(file, "not slow and not gpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", NUMERICAL)
 def test_in_interpreter_full_sweep(file):
     pytest.importorskip("triton")
     run(file, "slow and not gpu")

@@ -223,7 +223,7 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
             TypeError, ValueError: see `truncated` and `curvopt.lora.export_adapter`.
         """
         ranks = truncation.resolve(self._nests, rank, strict)
-        with self.truncated(rank, strict=strict, keep_P=keep_P):
+        with truncation.truncated(self._nests, self.state, ranks, keep_P, self._whole):
             return truncation.export(self._model if model is None else model, path, ranks, self._adapter, pad_to)
 
     # ------------------------------------------------------------------ reading
