@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
+from curvopt.optim.stacks import Stack
 from torch import Tensor
 
 from curvopt import GritKFAC
 from curvopt.functional.inverse import eigenbasis
 from curvopt.lora import LoraPair
-from curvopt.optim.stacks import Stack
 
 
 class OwnBasis(GritKFAC):

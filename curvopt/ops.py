@@ -1,38 +1,50 @@
-"""The switch: every op by its name, from the torch reference or from the Triton kernels, call by call.
+"""The switch: every op by its name, from the torch reference or from the Triton kernels.
 
 ``"torch"`` is always the reference. ``"triton"`` insists that kernels exist and takes them for CUDA tensors; what a
 kernel does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) the reference does.
-``"auto"`` takes them too, but only those that show on this device that they agree with the reference: each op, rank
-and dtype is tried once per process on a small problem. What fails is logged, named in ``fallbacks``, and done without.
+``"auto"`` takes them too, but checks each op, rank and dtype on a small problem before its first use in a process. What
+fails is logged, named in ``fallbacks``, and done without.
+
+The update of a bucket is a *plan*, made once by `Ops.plan`; small r×r ops are chosen at each call.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from curvopt.functional import inverse, moments, nested, truncate, update
+from curvopt.functional import inverse, moments, nested
+from curvopt.functional.plan import ReferencePlan
+from curvopt.functional.update import RULES
+
+UPDATES: dict[str, Callable[..., Any]] = {**RULES, "rows": nested.row_update}
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "gram": moments.gram,
     "gram_many": moments.gram_many,
+    "gram_add_": moments.gram_add_,
     "ema_": moments.ema_,
     "damped_inverse": inverse.damped_inverse,
     "damped_inverse_root": inverse.damped_inverse_root,
     "eigenbasis": inverse.eigenbasis,
-    "polar_update": update.polar_update,
-    "eigen_update": update.eigen_update,
-    "adam_update": update.adam_update,
-    "whiten_update": update.whiten_update,
-    "momentum_update": update.momentum_update,
-    "truncate_": truncate.truncate_,
-    "scale_rows_": truncate.scale_rows_,
+    **{f"{name}_update": update for name, update in RULES.items()},
     "row_update": nested.row_update,
 }
 
 BACKENDS = ("auto", "torch", "triton")
+
+
+class Plan(Protocol):
+    """What a bucket's step is made of; see `functional.plan.ReferencePlan` for the meaning of each."""
+
+    def load(self, grads: Sequence[Tensor]) -> None: ...  # noqa: D102
+    def nonfinite_(self, flag: Tensor) -> None: ...  # noqa: D102
+    def grams(self, of: str) -> Tensor: ...  # noqa: D102
+    def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None: ...  # noqa: D102
+    def step(self, found_inf: Tensor) -> None: ...  # noqa: D102
+    def release(self) -> None: ...  # noqa: D102
 
 
 class Ops:
@@ -54,52 +66,44 @@ class Ops:
         self.backend = backend
         self.fallbacks: set[str] = set()
 
-    def on_kernels(self, device: torch.device) -> bool:
-        """Return whether ops on this device are kernels, as far as these take what they are given."""
-        return self.backend != "torch" and device.type == "cuda" and bool(_kernels().OPS)
-
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run op ``name``. Its first argument is a tensor, or a sequence of tensors or slabs."""
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if self.backend == "torch" or not _sample(first).is_cuda:
+        sample = first if isinstance(first, Tensor) else first.exp_avg
+        if not self._on_kernels(sample):
             return REFERENCE[name](*args, **kwargs)
-        if name.endswith("_update"):
-            return self._update(name, *args)
-        return self._choose(name, *args, **kwargs)(*args, **kwargs)
-
-    def _update(self, name: str, slabs: Sequence[Any], found_inf: Tensor) -> None:
-        """Run an update rule: one call for the slabs the kernel takes, one for the others."""
-        parts: dict[Callable[..., Any], list[Any]] = {}
-        for slab in slabs:
-            parts.setdefault(self._choose(name, [slab], found_inf), []).append(slab)
-        for op, part in parts.items():
-            op(part, found_inf)
-
-    def _choose(self, name: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        kernels = _kernels()
-        if kernels.supports(name, *args, **kwargs) and (self.backend == "triton" or _agrees(name, args)):
-            kernel: Callable[..., Any] = kernels.OPS[name]
-            return kernel
+        rank = sample.shape[-1] if isinstance(first, Tensor) else sample.shape[first.rank_dim]
+        if _kernels().supports(name, *args, **kwargs) and self._trusts(name, rank, sample):
+            return _kernels().OPS[name](*args, **kwargs)
         self.fallbacks.add(name)
-        return REFERENCE[name]
+        return REFERENCE[name](*args, **kwargs)
 
+    def plan(self, rule: str, slabs: Sequence[Any]) -> Plan:
+        """Return what runs ``rule`` on a bucket's slabs, for as long as parameters and state stay where they are.
 
-def _sample(first: Any) -> Tensor:
-    """Return the tensor that stands for an op's first argument, or for the first of a sequence."""
-    sample: Tensor = first if isinstance(first, Tensor) else first.exp_avg
-    return sample
+        Args:
+            rule: a key of `RULES`, or ``"rows"``.
+            slabs: matrices of one rank and dtype that share ``step`` and ``hyper``.
+        """
+        sample = slabs[0].exp_avg
+        if self._on_kernels(sample):
+            name = "row_update" if rule == "rows" else f"{rule}_update"
+            rank = sample.shape[slabs[0].rank_dim]
+            if _kernels().plan_supports(rule, slabs) and self._trusts(name, rank, sample):
+                made: Plan = _kernels().UpdatePlan(rule, slabs)
+                return made
+            self.fallbacks.add(name)
+        return ReferencePlan(UPDATES[rule], slabs)
 
+    def _on_kernels(self, sample: Tensor) -> bool:
+        return self.backend != "torch" and sample.is_cuda and bool(_kernels().OPS)
 
-def _agrees(name: str, args: Sequence[Any]) -> bool:
-    """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does."""
-    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-    sample = _sample(first)
-    if name in ("truncate_", "scale_rows_"):
-        r = sample.shape[args[2]]
-    else:
-        r = sample.shape[-1 if isinstance(first, Tensor) else first.rank_dim]
-    selfcheck = importlib.import_module("curvopt.kernels.selfcheck")
-    return bool(selfcheck.agrees(name, REFERENCE[name], r, sample.dtype, sample.device))
+    def _trusts(self, name: str, rank: int, sample: Tensor) -> bool:
+        """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does."""
+        if self.backend == "triton":
+            return True
+        selfcheck = importlib.import_module("curvopt.kernels.selfcheck")
+        return bool(selfcheck.agrees(name, REFERENCE[name], rank, sample.dtype, sample.device))
 
 
 def _kernels() -> Any:

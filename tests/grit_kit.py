@@ -42,7 +42,7 @@ def factors(optimizer, pair) -> tuple[Tensor, Tensor]:
 def fork(model, optimizer, fresh, **edits):
     """Return (model, optimizer) that stand where these stand, with some settings changed from here on."""
     twin = models.copied_into(model, fresh)
-    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "clock", "param_names")}
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
     other = GritKFAC(twin, **settings)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other.param_groups[0].update(edits)

@@ -8,6 +8,7 @@ import torch
 
 from curvopt import ops
 from curvopt.functional import inverse, moments
+from curvopt.functional.plan import ReferencePlan
 from curvopt.ops import REFERENCE, Ops
 
 
@@ -106,13 +107,19 @@ def test_a_sequence_of_tensors_is_one_op(calls):
     torch.testing.assert_close(got.as_subclass(torch.Tensor), torch.stack(want))
 
 
-def test_an_update_is_split_between_kernel_and_reference(calls, monkeypatch):
-    reference = []
-    monkeypatch.setitem(REFERENCE, "eigen_update", lambda slabs, found_inf: reference.extend(s.name for s in slabs))
-    slabs = [SimpleNamespace(name=n, fits=n in "ac", exp_avg=on_device(1, 2, 2)) for n in "abc"]
+def test_a_plan_is_chosen_once_for_a_bucket(calls, monkeypatch):
+    """The kernels' where they take all of it, else the reference's, and that is named."""
+    made = []
+    kernels = ops._kernels()
+    kernels.plan_supports = lambda rule, slabs: all(s.fits for s in slabs)
+    kernels.UpdatePlan = lambda rule, slabs: made.append((rule, [s.name for s in slabs]))
+    slabs = {n: SimpleNamespace(name=n, fits=n in "ac", exp_avg=on_device(1, 2, 2), rank_dim=2) for n in "abc"}
     triton = Ops("triton")
-    triton("eigen_update", slabs, torch.zeros(()))
-    assert calls == [("eigen_update", ["a", "c"])] and reference == ["b"] and triton.fallbacks == {"eigen_update"}
+    triton.plan("eigen", [slabs["a"], slabs["c"]])
+    assert made == [("eigen", ["a", "c"])] and triton.fallbacks == set()
+    plan = triton.plan("eigen", [slabs["a"], slabs["b"]])
+    assert isinstance(plan, ReferencePlan) and len(made) == 1 and triton.fallbacks == {"eigen_update"}
+    assert isinstance(Ops("torch").plan("eigen", [slabs["a"]]), ReferencePlan)
 
 
 def test_backends_are_named_in_the_error():

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from curvopt.functional.basis import balanced
 from curvopt.lora import Capture, LoraPair, find_lora_pairs
-from curvopt.optim import RankSpaceOptimizer
-from curvopt.optim.grit.report import live_rank
-from curvopt.optim.grit.statistics import source
+from curvopt.optim import PairedOptimizer
+from curvopt.optim.grit.curvature import source_of
+from curvopt.optim.grit.diagnostics import live_rank
 
 # by pair name: S_u and S_d, (r, r)
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -105,7 +105,7 @@ def core_of(
 def cores(where: Any, factors: Factors | None = None) -> list[Core]:
     """Return the core of every pair of a model or an optimizer; the factors are the optimizer's unless given."""
     known = factors if factors is not None else known_factors(where)
-    optimizer = where if isinstance(where, RankSpaceOptimizer) else None
+    optimizer = where if isinstance(where, PairedOptimizer) else None
     return [
         core(p, live_rank(optimizer, p) if optimizer is not None else None, known.get(p.name)) for p in pairs_of(where)
     ]
@@ -117,7 +117,7 @@ def pairs_of(where: Any) -> list[LoraPair]:
     Raises:
         TypeError: ``where`` is none of these.
     """
-    if isinstance(where, RankSpaceOptimizer):
+    if isinstance(where, PairedOptimizer):
         return where.pairs
     if isinstance(where, nn.Module):
         return find_lora_pairs(where)
@@ -134,12 +134,12 @@ def known_factors(where: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
     Pairs with a factor missing are left out, and those under ``statistics="weight"``: A Aᵀ and BᵀB know no data.
     """
-    if not isinstance(where, RankSpaceOptimizer):
+    if not isinstance(where, PairedOptimizer):
         return {}
     by_pair: dict[str, dict[str, Tensor]] = {}
-    for side in where._sides:
+    for side in where.sides:
         factor = where.state.get(side.param, {}).get("factor")
-        if factor is not None and "statistics" in side.group and source(side) != "weight":
+        if factor is not None and "statistics" in side.group and source_of(side).data:
             by_pair.setdefault(side.pair.name, {})[side.moment()] = factor
     return {name: (S["u"], S["d"]) for name, S in by_pair.items() if len(S) == 2}
 
@@ -167,7 +167,7 @@ def observe(
     params = [p for pair in pairs for p in (pair.A, pair.B) if p.requires_grad]
     if not params:
         raise ValueError("model must have a LoRA pair with a parameter that requires a gradient, found none")
-    capture = Capture(pairs)
+    capture = Capture(pairs, at_once=True)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     capture.attach()
     try:

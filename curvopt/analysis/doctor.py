@@ -14,9 +14,9 @@ from curvopt.analysis.drift import gathered, pair_drift
 from curvopt.analysis.findings import Finding, Report, report
 from curvopt.analysis.spectra import spectrum
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, find_skipped
-from curvopt.optim import GritKFAC, RankSpaceOptimizer
+from curvopt.optim import GritKFAC, PairedOptimizer
 from curvopt.optim.checking import check, is_number
-from curvopt.optim.grit.report import diagnose, live_rank
+from curvopt.optim.grit.diagnostics import diagnose, live_rank
 
 
 def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None) -> Report:
@@ -42,8 +42,8 @@ def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm:
     clip = max_grad_norm
     check("max_grad_norm", clip, clip is None or (is_number(clip) and clip >= 0), "None or a number ≥ 0")
     optimizer = unwrapped(optimizer)
-    ours = isinstance(optimizer, RankSpaceOptimizer)
-    pairs = optimizer.pairs if isinstance(optimizer, RankSpaceOptimizer) else find_lora_pairs(model)
+    ours = isinstance(optimizer, PairedOptimizer)
+    pairs = optimizer.pairs if isinstance(optimizer, PairedOptimizer) else find_lora_pairs(model)
     known = diagnose(optimizer) if isinstance(optimizer, GritKFAC) else _outside(optimizer, pairs)
     found = [
         *_pairing(model, optimizer, pairs),
@@ -102,10 +102,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _outside(optimizer: torch.optim.Optimizer, pairs: list[LoraPair]) -> dict[str, Any]:
     """Return of any optimizer what `diagnose` returns of GritKFAC, as far as its state shows it."""
-    steps = [int(s["step"]) for s in optimizer.state.values() if "step" in s]
+    steps = [int(s["cadence"][0] if "cadence" in s else s["step"]) for s in optimizer.state.values() if "step" in s]
     clocks = [int(g["clock"]) for g in optimizer.param_groups if "clock" in g]
     skipped = [int(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
-    ours = optimizer if isinstance(optimizer, RankSpaceOptimizer) else None
+    ours = optimizer if isinstance(optimizer, PairedOptimizer) else None
     return {
         "steps": max(steps + clocks, default=0),
         "skipped_updates": max(skipped, default=0),
@@ -125,7 +125,7 @@ def _pairing(model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[Lor
             "error", "no pairs", f"no LoRA pair among what is trained: {describe_search(model)}",
             "pass the model itself to the optimizer, after its adapters were added",
         )  # fmt: skip
-    elif not isinstance(optimizer, RankSpaceOptimizer):
+    elif not isinstance(optimizer, PairedOptimizer):
         yield Finding(
             "note", "no curvature",
             f"{type(optimizer).__name__} knows nothing of the {len(pairs)} pairs of this model",
@@ -170,10 +170,9 @@ def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
         )  # fmt: skip
 
 
-def _successor(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
-    """Return what stands where a parameter stood; None if the optimizer cannot know."""
-    places = getattr(optimizer, "_places", None)
-    return None if places is None or p not in places._at else places._now(p)
+def _successor(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """Return what stands in the model where a parameter stood when the optimizer saw it last."""
+    return optimizer.now_at(p) if isinstance(optimizer, PairedOptimizer) else p
 
 
 def _named(group: dict[str, Any]) -> list[tuple[Tensor, str]]:
@@ -191,9 +190,8 @@ def _observation(optimizer: torch.optim.Optimizer, known: dict[str, Any]) -> Ite
             'use statistics="gradient", or switch the fused forward off', tuple(known["silent"]),
         )  # fmt: skip
     wanted = [g for g in optimizer.param_groups if g.get("statistics") == "activation"]
-    observer = getattr(optimizer, "_observer", None)
     watched = [p.name for p in getattr(optimizer, "pairs", []) if p.signal is not None]
-    if wanted and watched and observer is not None and not observer.capture._hooked:
+    if wanted and watched and not getattr(optimizer, "watching", True):
         yield Finding(
             "warning", "hooks removed",
             f"the hooks of {len(watched)} pairs were taken off: their factors stay as they are",

@@ -16,7 +16,7 @@ from torch import nn
 from curvopt.analysis.core import cores
 from curvopt.analysis.drift import PairDrift, gathered, pair_drift
 from curvopt.analysis.spectra import Spectrum, spectrum
-from curvopt.optim import RankSpaceOptimizer
+from curvopt.optim import PairedOptimizer
 
 OWN = ("step", "time", "optimizer", "drift", "pairs", "skipped_updates")
 DIGITS = 6
@@ -137,6 +137,8 @@ class Recorder:
     def _count(self, optimizer: torch.optim.Optimizer | None) -> int:
         groups = [] if optimizer is None else optimizer.param_groups
         clocks = [group["clock"] for group in groups if "clock" in group]
+        if optimizer is not None:
+            clocks += [int(s["cadence"][0]) for s in optimizer.state.values() if "cadence" in s]
         return int(max(clocks)) if clocks else self._step + 1
 
     def _to_tensorboard(self, entry: dict[str, Any]) -> None:
@@ -156,7 +158,7 @@ class Recorder:
 def reading(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, spectra: bool = True) -> dict[str, Any]:
     """Return the part of a record that an optimizer fills: its name, its drift, and each pair."""
     out: dict[str, Any] = {"optimizer": type(optimizer).__name__}
-    ours = isinstance(optimizer, RankSpaceOptimizer)
+    ours = isinstance(optimizer, PairedOptimizer)
     if ours:
         skipped = [float(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
         out["skipped_updates"] = int(max(skipped, default=0))

@@ -19,7 +19,7 @@ from curvopt.analysis.drift import gathered, pair_drift
 from curvopt.analysis.findings import Finding, Report, report
 from curvopt.analysis.spectra import spectrum
 from curvopt.lora import LoraPair, pair_by_name
-from curvopt.optim.grit import report as numbers
+from curvopt.optim.grit import diagnostics as numbers
 
 CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin"), "optimizer.pt"
 PREFIX = "base_model.model."
@@ -196,7 +196,7 @@ def _state(saved: dict[str, Any], where: str) -> Parts:
     if not facts:
         facts = {n: _paired({"A": (g, s)}, s["factor"].shape[0]) for n, (g, s) in named.items() if "factor" in s}
     states = [s for _, s in named.values()]
-    steps = max([int(g.get("clock", 0)) for g in groups] + [int(s["step"]) for s in states if "step" in s], default=0)
+    steps = max([int(s["cadence"][0] if "cadence" in s else s["step"]) for s in states if "step" in s], default=0)
     skipped = max([int(s["skipped"]) for s in states if "skipped" in s], default=0)
     seen = [name for name, (g, s) in named.items() if g.get("statistics") == "activation" and _unseen(s)]
     found = [*check_curvature(facts, steps), *check_settings(groups, {n: f["full_rank"] for n, f in facts.items()})]

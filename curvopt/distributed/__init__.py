@@ -21,14 +21,14 @@ can stand in for them. An all-gather of ∇A would send L r d b (W − 1)/W, W t
 columns; the way back costs the same again, since no process has the whole update to cut its rows from.
 """
 
-from curvopt.distributed.collectives import all_reduce_grams, all_reduce_sums, any_nonfinite, world_size
+from curvopt.distributed.collectives import agreed, all_reduce_grams, all_reduce_sums, world_size
 from curvopt.distributed.shards import Shards, groups_of, is_sharded, local, shards_of
 
 __all__ = [
     "Shards",
+    "agreed",
     "all_reduce_grams",
     "all_reduce_sums",
-    "any_nonfinite",
     "groups_of",
     "is_sharded",
     "local",

@@ -1,4 +1,4 @@
-"""Sums over processes, few and flat."""
+"""Batched all-reduces."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvopt.distributed.shards import local
+from curvopt.functional.moments import any_nonfinite
 
 COUNT = 2**12  # row counts travel as two digits of this base: exact in float32 over as many processes
 
@@ -73,38 +74,31 @@ def all_reduce_grams(
     return low + high * COUNT
 
 
-def any_nonfinite(
-    grads: Sequence[Tensor], found_inf: Tensor | None, devices: Sequence[torch.device], groups: Sequence[Any]
+def agreed(
+    flags: dict[torch.device, Tensor], grads: Sequence[Tensor | None], groups: Sequence[Any]
 ) -> dict[torch.device, Tensor]:
-    """Return, on each device, a 0-d float32 that is 1 if any value is not finite in any process of ``groups``.
+    """Return flags of non-finite gradients, 0-d float32 by device, that are 1 on all devices and processes if on any.
 
     Args:
-        grads: tensors to look at, plain or sharded.
-        found_inf: one more flag, of any shape, as a GradScaler leaves it; or None.
-        devices: where to return the flag.
+        flags: by device, 1 if a gradient that was looked at already is not finite.
+        grads: further gradients to look at, plain or sharded.
         groups: every process of these must call, whether it has gradients or not.
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for X in map(local, grads):
-        if X.numel() > 0:
-            by_device.setdefault(X.device, []).append(X.detach())
-    flags = [_any_nonfinite(tensors) for tensors in by_device.values()]
-    if found_inf is not None:
-        flags.append(local(found_inf).bool().any())
+        if X is not None:
+            by_device.setdefault(X.device, []).extend([X.detach()] if X.numel() > 0 else [])
+    for device, tensors in by_device.items():
+        found = any_nonfinite(tensors).float() if tensors else torch.zeros((), device=device)
+        flags[device] = torch.maximum(flags[device], found) if device in flags else found
     if not flags:
-        flags.append(torch.zeros((), dtype=torch.bool))
-    found = {d: torch.stack([f.to(d) for f in flags]).any().float() for d in devices}
-    if groups and found:
-        flag = found[devices[0]]
+        return {}
+    if len(flags) > 1:
+        for device in flags:
+            flags[device] = torch.stack([f.to(device) for f in flags.values()]).amax()
+    if groups:
+        flag = next(iter(flags.values()))
         for group in groups:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        found = {d: flag.to(d) for d in devices}
-    return found
-
-
-def _any_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a 0-d boolean for tensors of one device; many small ones in a launch or two on a GPU."""
-    if tensors[0].device.type == "cuda":
-        return ~torch.stack([n.float() for n in torch._foreach_norm(list(tensors), torch.inf)]).isfinite().all()
-    ends = [torch.stack(torch.aminmax(X)).isfinite().all() for X in tensors]
-    return ~torch.stack(ends).all()
+        flags = {device: flag.to(device) for device in flags}
+    return flags

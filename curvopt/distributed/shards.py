@@ -59,7 +59,7 @@ class Shards:
     mesh_dim: int
 
     @property
-    def crossed(self) -> bool:
+    def sharded_on_rank(self) -> bool:
         """Whether the parameter is split along its rank."""
         return self.split != self.work
 

@@ -39,6 +39,27 @@ def gram_many(
     return G if scale is None else G * scale.to(G.dtype)[:, None, None]
 
 
+def gram_add_(
+    sums: Tensor,
+    index: Sequence[int],
+    zs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    sign: float = 1.0,
+) -> None:
+    """Add sign · Σ_n w_n z_n z_nᵀ of each of M matrices to a sum, in place.
+
+    Args:
+        sums: ``[S, r, r]``, float32 (float64 for float64 signals).
+        index: M numbers below S, all different: which sum each goes to.
+        zs: M matrices ``(N_m, r)`` of one dtype.
+        weights: M vectors ``(N_m,)`` of the rows' weights, or None for ones.
+        sign: 1 or −1.
+    """
+    for m, (i, z) in enumerate(zip(index, zs, strict=True)):
+        z = z.to(sums.dtype)
+        sums[i].addmm_(z.mT if weights is None else z.mT * weights[m].to(z.dtype), z, alpha=sign)
+
+
 def ema_weight(t: Tensor, decay: float) -> Tensor:
     """Return the weight w_t of the newest of ``t`` observations in a bias-corrected exponential average.
 
@@ -83,3 +104,15 @@ def ema_(S: Tensor, S_new: Tensor, t: Tensor, decay: float, found_inf: Tensor | 
 def trace(S: Tensor) -> Tensor:
     """Return the traces ``[L]`` of ``[L, r, r]``."""
     return S.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def any_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a 0-d boolean: whether any value of these tensors of one device is not finite; one read of each.
+
+    On the CPU by sums, which a value that is not finite makes not finite; so does a sum above the range of float32.
+    """
+    if tensors[0].is_cuda:
+        found = [n.float() for n in torch._foreach_norm(list(tensors), torch.inf)]
+    else:
+        found = [X.sum(dtype=compute_dtype(X.dtype)) for X in tensors]
+    return ~torch.stack([f.double() for f in found]).isfinite().all()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from curvopt.functional.update import Hyper
+from curvopt.functional.update import Hyper, advancing, fused_adamw
 
 SCALES = ("none", "rank", "sqrt")
 
@@ -106,34 +106,25 @@ def row_update(slabs: Sequence[RowSlab], found_inf: Tensor) -> None:
     A step with ``found_inf`` (0-d float) non-zero changes nothing. All matrices are held to one shape; what is not
     contiguous with the rank first is copied there and back.
     """
-    for s in slabs:
-        if s.rank_dim == 1 or s.rates is None:
+    with advancing(slabs, found_inf):
+        for s in slabs:
             straight = s.params[0].is_contiguous() and s.exp_avg.is_contiguous() and s.exp_avg_sq.is_contiguous()
-        else:
-            straight = False
-        if straight:
-            _advance(s, found_inf)
-        else:
-            _advance_copies(s, found_inf)
+            if straight and (s.rank_dim == 1 or s.rates is None):
+                _advance(s, found_inf)
+            else:
+                _advance_copies(s, found_inf)
 
 
 def _advance(s: RowSlab, found_inf: Tensor) -> None:
     """The step of a slab whose bands are contiguous blocks."""
-    s.step.add_(1)
-    steps, h = [s.step] * len(s.params), s.hyper
     sizes, keep = _sizes(s)
     if not s.views:
         s.views = _views(s, sizes, keep)
     grads = [g if g.is_contiguous() else g.contiguous() for g in s.grads]
     cut = [grads] if len(sizes) == 1 else list(zip(*(torch.split_with_sizes(g, sizes) for g in grads), strict=True))
-    # torch's op and not torch.optim's wrapper of it: sorting these lists by dtype takes longer than the arithmetic
     for ((params, exp_avg, exp_avg_sq), q), i in zip(s.views, keep, strict=True):
-        torch._fused_adamw_(
-            params, list(cut[i]), exp_avg, exp_avg_sq, [], steps,
-            lr=h.lr * q, beta1=float(h.beta1), beta2=float(h.beta2), weight_decay=float(h.weight_decay) / q,
-            eps=float(h.eps) / q, amsgrad=False, maximize=h.maximize, found_inf=found_inf,
-        )  # fmt: skip
-    s.step.sub_(found_inf)
+        decay = s.hyper.weight_decay
+        fused_adamw(params, cut[i], exp_avg, exp_avg_sq, s.step, s.hyper, found_inf, weight_decay=decay, rate=q)
 
 
 def _sizes(s: RowSlab) -> tuple[list[int], list[int]]:

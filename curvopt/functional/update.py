@@ -12,8 +12,8 @@ whiten    R = (Ŝ + λI)^(-1/2)                         R Adam(R ∇)           
 momentum  P = (Ŝ + λI)⁻¹                              −P m̂ · ‖Adam(∇)‖_F / ‖P m̂‖_F     grafted, per matrix
 ========  ==========================================  =====================================================
 
-then ``p ← p (1 − lr · weight_decay) + update``. Adam itself is torch's fused kernel, run on the whole slab against a
-zero parameter, so with the matrix equal to I (or None) adam, eigen and whiten are ``AdamW(fused=True)`` to the bit.
+then ``p ← p (1 − lr · weight_decay) + update``. Adam itself is torch's fused kernel, run against a zero parameter, so
+with the matrix equal to I (or None) adam, eigen and whiten are ``AdamW(fused=True)`` to the bit.
 
 In "polar", our derivation, G = δδᵀ on the rank side, Ĝ has a mean eigenvalue of one, and lengths are Frobenius norms.
 λ → ∞ gives "eigen". λ → 0 gives the polar factor of Qδ: of all steps of its spectral norm the one furthest along
@@ -23,12 +23,12 @@ eigen's, since it moves all r directions alike. It is to Adam's step what Muon's
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from curvopt.functional import compute_dtype, left
 from curvopt.functional.inverse import damped_inverse_root
@@ -56,11 +56,12 @@ class Slab:
         grads: ``[L, m, n]`` in the compute dtype, overwritten; or a list of L matrices ``(m, n)``, only read.
         exp_avg: ``[L, m, n]`` first moment, in the coordinates of the rule.
         exp_avg_sq: ``[L, m, n]`` second moment, likewise.
-        step: 0-d float32, updates applied so far.
+        step: 0-d float32, updates applied so far; slabs that share it are steps of one bucket.
         rank_dim: 1 if the stack is ``[L, r, d]``, 2 if it is ``[L, d, r]``.
         matrix: ``[L, r, r]`` the rule's matrix, or None for the identity.
         hyper: learning rate, betas, eps, decay.
-        spare: a buffer like ``grads`` to work in, or None to allocate one.
+        spare: a workspace like ``grads``, which slabs may share, or None to allocate one.
+        delta: a workspace of the slab's own for a step made of listed ``grads``, or None to allocate one.
         reduce: sums a tensor in place over the processes that hold other pieces of the matrices; None: there are none.
         damping: λ > 0 of "polar", a number or a 0-d tensor.
         k: ``[L]`` int64 live ranks, or None for all; only "polar" has to know.
@@ -76,6 +77,7 @@ class Slab:
     matrix: Tensor | None
     hyper: Hyper
     spare: Tensor | None = None
+    delta: Tensor | None = None
     reduce: Callable[[Tensor], None] | None = None
     damping: float | Tensor = 0.1
     k: Tensor | None = None
@@ -138,7 +140,9 @@ def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None, know
     lengths = trace(R @ G @ R)
     c = torch.where(lengths > 0, trace(G) / lengths, 1.0).sqrt()
     M = R * c[:, None, None]
-    return M if known is None else torch.where(known[:, None, None], M, torch.eye(M.shape[-1]).to(M))
+    if known is None:
+        return M
+    return torch.where(known[:, None, None], M, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device))
 
 
 def eigen_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
@@ -187,9 +191,9 @@ def _pieces(slabs: Sequence[Slab]) -> Iterator[Slab]:
                 grads=s.grads[cut],
                 exp_avg=s.exp_avg[cut],
                 exp_avg_sq=s.exp_avg_sq[cut],
-                step=s.step if cut.stop == L else s.step.clone(),  # the last piece counts for all
                 matrix=None if s.matrix is None else s.matrix[cut],
                 spare=None if s.spare is None else s.spare[: cut.stop - i],
+                delta=None if s.delta is None else s.delta[cut],
             )
 
 
@@ -201,32 +205,69 @@ def _through_and_back(s: Slab, forward: Tensor | None, back: Tensor | None, foun
     apply_delta(s.params, s.hyper, delta, found_inf)
 
 
-def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Advance the moments with M ∇; return −lr · m̂ / (√v̂ + ε), zero if ``found_inf``, m unrounded, and a buffer.
 
     Stacks are as large as the adapter, so the two that a step needs are used twice: the update takes the place of the
-    gradients, and the buffer, which slabs share, is free again.
+    gradients, and the buffer, which slabs share, is free again. Without M the gradients are read where they are.
     """
     wide = compute_dtype(s.exp_avg.dtype)
-    own = torch.stack(s.grads).to(wide) if isinstance(s.grads, list) else s.grads
-    spare = torch.empty_like(own) if s.spare is None else s.spare
-    grads = spare.copy_(own) if M is None else left(M.to(own.dtype), own, s.rank_dim, out=spare)
-    delta = own.zero_()
     exp_avg, exp_avg_sq = s.exp_avg.to(wide), s.exp_avg_sq.to(wide)
+    listed = isinstance(s.grads, list)
+    if M is None and listed and s.grads[0].dtype == wide:
+        # torch's kernel walks through memory: all of it must be in one order
+        grads, spare = [g.contiguous() for g in s.grads], s.spare
+        delta = torch.zeros_like(exp_avg) if s.delta is None else s.delta.zero_()
+    else:
+        own = torch.stack(s.grads).to(wide) if listed else s.grads
+        spare = torch.empty_like(own) if s.spare is None else s.spare
+        grads = spare.copy_(own) if M is None else left(M.to(own.dtype), own, s.rank_dim, out=spare)
+        delta = own.zero_()
     # torch's CPU kernel rounds what is left over after its vectors otherwise: to the bit AdamW's only matrix by matrix
-    whole = delta[0].numel() % 64 == 0 or not delta.is_cpu
-    pieces = [[X] if whole else list(X.unbind()) for X in (delta, grads, exp_avg, exp_avg_sq)]
-    steps = [s.step, *(s.step.clone() for _ in pieces[0][1:])]
-    h = s.hyper
-    adamw(
-        *pieces, [], steps,
-        fused=True, found_inf=found_inf, amsgrad=False,
-        beta1=h.beta1, beta2=h.beta2, lr=h.lr, weight_decay=0.0, eps=h.eps, maximize=h.maximize,
-    )  # fmt: skip
+    whole = not isinstance(grads, list) and (delta[0].numel() % 64 == 0 or not delta.is_cpu)
+    columns = [[X] if whole else X if isinstance(X, list) else X.unbind() for X in (delta, grads, exp_avg, exp_avg_sq)]
+    fused_adamw(*columns, s.step, s.hyper, found_inf, weight_decay=0.0)
     if exp_avg is not s.exp_avg:
         s.exp_avg.copy_(exp_avg)
         s.exp_avg_sq.copy_(exp_avg_sq)
-    return delta, exp_avg, grads
+    return delta, exp_avg, spare
+
+
+def fused_adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor],
+    step: Tensor, hyper: Hyper, found_inf: Tensor, weight_decay: float, rate: float = 1.0,
+) -> None:  # fmt: skip
+    """Run torch's fused AdamW on lists that share ``step``, which `advancing` has counted up.
+
+    The op, not torch.optim's wrapper of it: sorting lists by dtype and device takes longer than small arithmetic.
+
+    Args:
+        params: changed in place, as are the moments.
+        grads: only read.
+        exp_avg: first moments.
+        exp_avg_sq: second moments.
+        step: 0-d float32, with this update counted.
+        hyper: learning rate, betas, eps; its own weight decay is not read.
+        found_inf: 0-d float; non-zero: nothing changes.
+        weight_decay: decoupled.
+        rate: q: learning rate q lr, ε / q and decay wd / q, so that the decay per step stays lr wd.
+    """
+    torch._fused_adamw_(
+        list(params), list(grads), list(exp_avg), list(exp_avg_sq), [], [step] * len(params),
+        lr=hyper.lr * rate, beta1=float(hyper.beta1), beta2=float(hyper.beta2), weight_decay=float(weight_decay) / rate,
+        eps=float(hyper.eps) / rate, amsgrad=False, maximize=hyper.maximize, found_inf=found_inf,
+    )  # fmt: skip
+
+
+@contextmanager
+def advancing(slabs: Sequence[Any], found_inf: Tensor) -> Iterator[None]:
+    """Count one update for every distinct ``step`` of the slabs; none if ``found_inf`` is set."""
+    steps = list({id(s.step): s.step for s in slabs}.values())
+    for step in steps:
+        step.add_(1)
+    yield
+    for step in steps:
+        step.sub_(found_inf)
 
 
 def apply_delta(params: list[Tensor], hyper: Hyper, delta: Tensor, found_inf: Tensor) -> None:
@@ -245,10 +286,69 @@ def apply_delta(params: list[Tensor], hyper: Hyper, delta: Tensor, found_inf: Te
     torch._foreach_copy_(params, p.add_(delta).unbind())
 
 
+@dataclass(frozen=True)
+class Rule:
+    """One update rule: all that the rest of the package asks of it. Calling it is its reference.
+
+    Attributes:
+        name: value of the argument ``update``, and of its kernel's mode.
+        reference: updates slabs in place, ``reference(slabs, found_inf)``.
+        matrix: the op that makes its matrix from a factor; None: it has none.
+        key: what the matrix is called in the state.
+        coordinates: from the matrix to the map C that takes a gradient to where the moments live; None: they live in
+            plain coordinates.
+        turns: whether the moments are mapped along when the matrix is made anew.
+        acting: what acts on a gradient along eigenvectors of Ŝ, from the eigenvalues and those of Ŝ + λI.
+        damps: whether λ is the rule's own, and not its matrix'.
+        shared: how many numbers a matrix of rank r sums over the processes that hold its pieces.
+    """
+
+    name: str
+    reference: Callable[[Sequence[Slab], Tensor], None]
+    matrix: str | None
+    key: str | None
+    coordinates: Callable[[Tensor], Tensor] | None
+    turns: bool
+    acting: Callable[[Tensor, Tensor], Tensor]
+    damps: bool = False
+    shared: Callable[[int], int] = lambda r: 0
+
+    def __call__(self, slabs: Sequence[Slab], found_inf: Tensor) -> None:
+        """Update slabs in place, and count their step; nothing changes where ``found_inf`` is set."""
+        with advancing(slabs, found_inf):
+            self.reference(slabs, found_inf)
+
+    def carried(self, new: Tensor | None, old: Tensor | None, M: Tensor) -> Tensor:
+        """Return the map of the moments ``[L, r, r]`` when gradients map by M and the matrix ``old`` becomes ``new``.
+
+        R C(old) = C(new) M. First moments map by R and second ones by its squared entries, see `functional.basis`.
+        """
+        if self.coordinates is None or new is None or old is None:
+            return M
+        return torch.linalg.solve(self.coordinates(old), self.coordinates(new) @ M, left=False)
+
+
+def _transposed(Q: Tensor) -> Tensor:
+    return Q.mT
+
+
+def _itself(P: Tensor) -> Tensor:
+    return P
+
+
 RULES = {
-    "polar": polar_update,
-    "eigen": eigen_update,
-    "adam": adam_update,
-    "whiten": whiten_update,
-    "momentum": momentum_update,
-}
+    rule.name: rule
+    for rule in (
+        Rule(
+            "polar", polar_update, "eigenbasis", "basis", _transposed, True, lambda values, damped: values,
+            damps=True, shared=lambda r: r * r,
+        ),
+        Rule("eigen", eigen_update, "eigenbasis", "basis", _transposed, True, lambda values, damped: values),
+        Rule("adam", adam_update, "damped_inverse", "inverse", _itself, False, lambda values, damped: 1 / damped),
+        Rule("whiten", whiten_update, "damped_inverse_root", "root", _itself, False, lambda v, damped: damped.rsqrt()),
+        Rule(
+            "momentum", momentum_update, "damped_inverse", "inverse", None, False, lambda values, damped: 1 / damped,
+            shared=lambda r: 2,
+        ),
+    )
+}  # fmt: skip

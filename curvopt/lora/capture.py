@@ -1,9 +1,14 @@
 """The one hook: it sees u and the gradient d at u, and keeps their r×r sums.
 
 u is the output of the module that applies A, and d is the gradient of the loss at that output. A forward hook on the
-module puts a tensor hook on u; when the backward brings d, both sums are added. Counting happens in
-the backward alone: a forward without one (evaluation, generation, the first pass of a checkpointed block) leaves
-nothing, and a recomputed forward is not counted twice.
+module puts a tensor hook on u. What has no backward (evaluation, generation, the first pass of a checkpointed block)
+leaves nothing, and a recomputed forward is not counted twice.
+
+**A signal belongs to a gradient.** d is kept when the backward brings it, and counted when the gradient that it is
+part of arrives in ``A.grad`` (in ``B.grad`` where A is frozen). `torch.autograd.grad` fills no ``.grad`` and counts
+nothing. Where several backward passes go through one graph (``retain_graph``), d is their sum, and u is counted once. A
+gradient that was dropped, by whatever means, takes along what was counted for it: the next one to arrive is then not
+the successor of the last, which its version counter tells.
 
 On the CPU each sum is one product at once. On a device products this small are all launch: u and d wait until many can
 be summed by one op.
@@ -11,16 +16,17 @@ be summed by one op.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.hooks import RemovableHandle
 
+from curvopt.distributed import is_sharded, world_size
 from curvopt.functional import compute_dtype
 from curvopt.lora.pair import LoraPair
 from curvopt.ops import Ops
@@ -31,13 +37,13 @@ WAITING = 2**26
 
 @dataclass
 class Sums:
-    """What one pair has gathered since the last `pop`.
+    """What one pair has gathered since the last `Capture.pop`.
 
     Attributes:
         both: Σ uᵀu and Σ dᵀd, (2, r, r), fp32 (fp64 for fp64 signals); `uu` and `dd` are its two halves.
             d is as it came, not scaled by the number of rows.
         n: Rows summed (tokens, or positions of a convolution's output); a 0-d tensor where a mask counted them.
-        calls: Backward passes through the layer that were summed.
+        calls: Forward passes of the layer whose backward was summed.
     """
 
     both: Tensor
@@ -55,176 +61,444 @@ class Sums:
         return self.both[1]
 
 
-class Capture:
-    """Forward hooks on the signal modules of some pairs, summing uᵀu and dᵀd.
+@dataclass(eq=False)
+class Store:
+    """The sums of all pairs of one rank, dtype and device.
 
-    Only pairs with a `signal` are watched, and only while at least one factor is trainable. The modules hold no
-    reference to this object: once it is gone, or on a copied or unpickled model, the hooks do nothing.
+    Attributes:
+        sums: [2, P, r, r]: Σ uᵀu of each pair, then Σ dᵀd of each.
+        index: {pair: its place}.
+        n: Rows of each pair so far: numbers, or 0-d tensors where a mask counted; static: [P] float64 on the device.
+    """
+
+    sums: Tensor
+    index: dict[LoraPair, int]
+    n: Any
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its pairs share."""
+        return (self.sums.shape[-1], self.sums.dtype, self.sums.device)
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward pass of a layer: its u, and what its backward passes have brought.
+
+    Attributes:
+        u: (n, r); dropped once it is counted.
+        mask: Which rows are real, (n,), or None.
+        d: (n, r), what the last backward brought, while the gradient has not arrived yet.
+        counted: d as it was counted last, for backward passes to come.
+    """
+
+    u: Tensor | None
+    mask: Tensor | None
+    d: Tensor | None = None
+    counted: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Record:
+    """One pair: its calls on the way, and how far its sums are those of the present gradient.
+
+    Attributes:
+        pair: The pair.
+        waiting: Calls whose gradient has not arrived.
+        calls: Calls counted.
+        version: Of the gradient when it arrived last.
+        generation: Counts dropped gradients: products that wait for an older one are void.
+        at_once: Whether d counts when it comes, since no hook tells of its gradient.
+        late: With A frozen: whether d comes after the gradient of B has arrived; None: not known yet.
+    """
+
+    pair: LoraPair
+    waiting: list[_Call] = field(default_factory=list)
+    calls: int = 0
+    version: int = -1
+    generation: int = 0
+    at_once: bool = False
+    late: bool | None = None
+
+
+class Capture:
+    """Hooks on the signal modules of some pairs, summing uᵀu and dᵀd.
+
+    Only pairs with a `signal` are watched, and only while at least one of A and B is trainable. The modules hold no
+    reference to this object: once it is gone its hooks are, and on a copied or unpickled model they do nothing.
 
     Args:
         pairs: The pairs to watch.
         ops: Makes the products that waited; the reference if None.
         waiting: Bytes of u and d that may wait; by default none on the CPU, 64 MiB elsewhere.
-        static: Keep sums and counts in the same memory from `pop` to `pop`, and let nothing wait: a CUDA graph that
-            pops them finds them there when it is replayed. Counts are then 0-d tensors.
+        static: Keep sums and counts in the same memory, and let nothing wait: a CUDA graph that reads them finds them
+            there when it is replayed. Counts are then tensors.
+        at_once: Count every backward when it comes, also those of `torch.autograd.grad`.
 
     Attributes:
         pairs: The pairs, in the given order.
         active: While False the hooks return at once. Read in the forward.
         mask: Which rows of the coming forward passes are real, (n,) float, or None for all. Layers with another
             number of rows count all of theirs. Read in the forward; gone after `pop` and `discard`.
-        fired: Backward hits of each pair since construction, {pair: int}.
+        fired: Counted calls of each pair since construction, {pair: int}.
+        stores: The sums, one entry per rank, dtype and device; `flush` first.
     """
 
     def __init__(
-        self, pairs: Iterable[LoraPair], ops: Ops | None = None, waiting: int | None = None, static: bool = False
+        self,
+        pairs: Iterable[LoraPair],
+        ops: Ops | None = None,
+        waiting: int | None = None,
+        static: bool = False,
+        at_once: bool = False,
     ):
         self.pairs = list(pairs)
         self.active = True
         self.mask: Tensor | None = None
         self.fired: dict[LoraPair, int] = dict.fromkeys(self.pairs, 0)
-        self._ops = Ops("torch") if ops is None else ops
         self._limit = 0 if static else waiting
-        self._static = static
-        self._sums: dict[LoraPair, Sums] = {}
+        self._static, self._at_once = static, at_once
+        self._start(Ops("torch") if ops is None else ops)
+
+    def _start(self, ops: Ops) -> None:
+        self._ops = ops
+        self.stores: list[Store] = []
+        self._records = {pair: _Record(pair) for pair in self.pairs}
+        self._touched: set[_Record] = set()  # since the last `discard`
+        self._places: dict[LoraPair, tuple[Store, int]] = {}
         self._waiting: list[_Product] = []
         self._waiting_bytes = 0
-        self._hooked: dict[LoraPair, tuple[weakref.ref[nn.Module], RemovableHandle]] = {}
+        self._hooked: dict[LoraPair, tuple[Any, ...]] = {}
+        self._handles: dict[LoraPair, list[Any]] = {}
+        self._many = world_size() > 1
+        self._warned = False
+        weakref.finalize(self, _remove_all, self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
         # Handles and weak references belong to the live model; a copy starts unattached and empty.
-        own = ("pairs", "active", "fired", "_limit", "_static")
+        own = ("pairs", "active", "fired", "_limit", "_static", "_at_once")
         return {key: self.__dict__[key] for key in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, mask=None, _ops=Ops("torch"), _sums={}, _waiting=[], _waiting_bytes=0, _hooked={})
+        self.__dict__.update(state, mask=None)
+        self._start(Ops("torch"))
+
+    # ------------------------------------------------------------------------------------------ hooks
 
     def attach(self) -> None:
-        """Put the hooks on; modules that were replaced since the last call are hooked anew."""
-        for pair in self.pairs:
+        """Put the hooks on; modules and parameters that were replaced since the last call are hooked anew."""
+        self._many = world_size() > 1
+        for pair, record in self._records.items():
             module = pair.signal
-            old, handle = self._hooked.get(pair, (None, None))
-            if module is not None and old is not None and old() is module:
+            now = () if module is None else (module, pair.A, pair.B)
+            if all(a is b() for a, b in zip(now, self._hooked.get(pair, ()), strict=False)) and pair in self._hooked:
                 continue
-            if handle is not None:
-                handle.remove()
-                del self._hooked[pair]
-            if module is not None:
-                hook = _Hook(weakref.ref(self), weakref.ref(pair))
-                self._hooked[pair] = (weakref.ref(module), module.register_forward_hook(hook))
+            self._unhook(pair)
+            if module is None:
+                continue
+            me, mine = weakref.ref(self), weakref.ref(record)
+            handles = [module.register_forward_hook(_Hook(me, mine))]
+            record.at_once = self._at_once or any(is_sharded(p) or not p.is_leaf for p in now[1:])
+            if not record.at_once:
+                for p in now[1:]:
+                    # PyTorch takes such hooks only while the tensor requires a gradient; it stays when that changes
+                    wanted = p.requires_grad
+                    handles.append(
+                        p.requires_grad_().register_post_accumulate_grad_hook(_Arrival(me, mine, p is now[1]))
+                    )
+                    p.requires_grad_(wanted)
+            self._hooked[pair], self._handles[pair] = tuple(map(weakref.ref, now)), handles
+
+    @property
+    def attached(self) -> bool:
+        """Whether any hook is on."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take the hooks off. What has been summed stays until `pop` or `discard`."""
-        for _, handle in self._hooked.values():
+        for pair in list(self._hooked):
+            self._unhook(pair)
+
+    def _unhook(self, pair: LoraPair) -> None:
+        for handle in self._handles.pop(pair, ()):
             handle.remove()
-        self._hooked.clear()
+        self._hooked.pop(pair, None)
+
+    def adopt(self, other: Capture) -> None:
+        """Take over what another capture has counted, and expects, for the same parameters."""
+        other.flush()
+        before = {id(record.pair.A): record for record in other._records.values()}
+        for pair, record in self._records.items():
+            old = before.get(id(pair.A))
+            if old is None:
+                continue
+            record.version, record.calls = old.version, old.calls
+            self._touched.add(record)
+            self.fired[pair] += other.fired[old.pair]
+            if old.calls:
+                store, i = other._places[old.pair]
+                mine, j = self._places[pair] = self._new_place(pair, store.key)
+                record.calls = old.calls
+                mine.sums[:, j].copy_(store.sums[:, i])
+                mine.n[j] = store.n[i]
+
+    # ------------------------------------------------------------------------------------------ reading
 
     def pop(self) -> dict[LoraPair, Sums]:
         """Give and clear the sums since the last call; pairs that no backward reached are not in it."""
-        self._sum_up()
-        sums = self._sums
-        if self._static:
-            sums = {pair: Sums(s.both.clone(), s.n + 0, s.calls) for pair, s in sums.items()}
+        self.flush()
+        found: dict[LoraPair, Sums] = {}
+        for pair in self.pairs:
+            if pair in self._places and (self._records[pair].calls or self._static):
+                store, i = self._places[pair]
+                n = store.n[i].clone() if self._static else store.n[i]
+                found[pair] = Sums(store.sums[:, i].clone(), n, self._records[pair].calls)
         self.discard()
-        return {pair: sums[pair] for pair in self.pairs if pair in sums}
+        return found
+
+    def seen(self, pair: LoraPair) -> bool:
+        """Whether anything was counted for a pair since the last `discard`."""
+        return self._records[pair].calls > 0
 
     def discard(self) -> None:
-        """Forget the sums since the last `pop`."""
+        """Forget everything since the last time, also what is on its way."""
         self._waiting, self._waiting_bytes, self.mask = [], 0, None
-        if not self._static:
-            self._sums = {}
-        for s in self._sums.values():
-            s.both.zero_()
-            s.n = s.n.zero_() if isinstance(s.n, Tensor) else 0
-            s.calls = 0
+        for store in self.stores:
+            store.sums.zero_()
+            if self._static:
+                store.n.zero_()
+            else:
+                store.n = [0] * len(store.n)
+        for record in self._touched:
+            record.calls = 0
+            record.waiting.clear()
+        self._touched.clear()
 
-    def _add(self, pair: LoraPair, u: Tensor, d: Tensor, mask: Tensor | None) -> None:
-        """Count one backward hit; u and d are (n, r), mask is (n,) or None."""
-        self.fired[pair] += 1
-        dtype, r = compute_dtype(u.dtype), u.shape[1]
-        sums = self._sums.get(pair)
-        if sums is None or (sums.both.shape[1], sums.both.dtype, sums.both.device) != (r, dtype, u.device):
-            n = torch.zeros((), dtype=torch.float64, device=u.device) if self._static else 0
-            sums = self._sums[pair] = Sums(torch.zeros(2, r, r, dtype=dtype, device=u.device), n)
-        sums.n += u.shape[0] if mask is None else mask.sum()
-        sums.calls += 1
-        limit = self._limit if self._limit is not None else 0 if u.device.type == "cpu" else WAITING
-        if limit > 0:
-            self._waiting += [_Product(sums.uu, u, mask), _Product(sums.dd, d, mask)]
-            self._waiting_bytes += u.nbytes + d.nbytes
-            if self._waiting_bytes > limit:
-                self._sum_up()
+    def prepare(self, pairs: Iterable[LoraPair]) -> None:
+        """Make the sums of pairs that were not seen here: every process must have the same to add up."""
+        for pair in dict.fromkeys(pairs):
+            if pair in self._records and pair not in self._places:
+                self._places[pair] = self._new_place(pair, (pair.rank, compute_dtype(pair.A.dtype), pair.A.device))
+
+    def flush(self) -> None:
+        """Do the products that wait, those of one store by one op."""
+        while self._waiting:
+            # one op adds to a sum once: what has the same target goes into the next round
+            rounds: dict[tuple[Any, ...], list[_Product]] = {}
+            taken, later = set(), []
+            for p in self._waiting:
+                if p.generation != p.record.generation:
+                    continue
+                store, i = self._places[p.record.pair]
+                target = (id(store), p.half, i)
+                if target in taken:
+                    later.append(p)
+                    continue
+                taken.add(target)
+                rounds.setdefault((id(store), p.sign, p.z.dtype, p.mask is None), []).append(p)
+            for (_, sign, *_rest), products in rounds.items():
+                self._add(products, sign)
+            self._waiting = later
+        self._waiting_bytes = 0
+
+    def _add(self, products: list[_Product], sign: float) -> None:
+        store = self._places[products[0].record.pair][0]
+        P = len(store.index)
+        index = [p.half * P + store.index[p.record.pair] for p in products]
+        masks = [p.mask for p in products if p.mask is not None]
+        self._ops(
+            "gram_add_",
+            store.sums.view(2 * P, *store.sums.shape[2:]),
+            index,
+            [p.z for p in products],
+            masks or None,
+            sign,
+        )
+
+    # ------------------------------------------------------------------------------------------ counting
+
+    def came(self, record: _Record, call: _Call, d: Tensor) -> None:
+        """Keep what a backward brought to one call until its gradient arrives."""
+        if d.requires_grad and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a backward with create_graph=True went through {record.pair.name}: of a gradient that is "
+                'differentiated again, the statistics see the first part alone. Use statistics="gradient"',
+                UserWarning,
+                stacklevel=2,
+            )
+        call.d = d.detach()
+        if call not in record.waiting:
+            record.waiting.append(call)
+            self._touched.add(record)
+        if record.at_once or (record.late and not record.pair.a_trainable):
+            self._count(record)
+
+    def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
+        """Count what is kept, after its gradient was added to ``grad``; drop what an earlier gradient left.
+
+        An accumulation adds in place, which raises the version by one. A gradient that was set to None, or zeroed, in
+        between has another one. Over several processes, wrappers write into gradients too: there only a version that
+        has not grown tells that the gradient is another.
+        """
+        if of_A or not record.pair.a_trainable:
+            version = grad._version
+            same = version > record.version if self._many else version == record.version + 1
+            if not same:
+                self._drop(record)
+            record.version = version
+            if not of_A and record.late is None:
+                record.late = not record.waiting
+            if of_A or not record.late:
+                self._count(record)
+
+    def _count(self, record: _Record) -> None:
+        for call in record.waiting:
+            self._take(record, call)
+        record.waiting.clear()
+
+    def _drop(self, record: _Record) -> None:
+        """Forget what was counted for a gradient that is gone."""
+        record.generation += 1
+        if record.calls:
+            record.calls = 0
+            store, i = self._places[record.pair]
+            store.sums[:, i].zero_()
+            if self._static:
+                store.n[i].zero_()
+            else:
+                store.n[i] = 0
+
+    def _take(self, record: _Record, call: _Call) -> None:
+        """Add one call's products to the sums."""
+        d, u, mask = call.d, call.u, call.mask
+        if d is None or d.shape[0] == 0:
             return
-        for S, z in ((sums.uu, u.to(dtype)), (sums.dd, d.to(dtype))):
+        total = d if call.counted is None else call.counted + d
+        products = [(1, total, 1.0)]
+        if call.counted is not None:
+            products.append((1, call.counted, -1.0))
+        if u is not None:
+            products.insert(0, (0, u, 1.0))
+        call.u, call.d, call.counted = None, None, total
+        store, i = self._place(record.pair, total)
+        if u is not None:
+            n: Any = u.shape[0] if mask is None else mask.sum()
+            store.n[i] += n
+            record.calls += 1
+            self.fired[record.pair] += 1
+        limit = self._limit if self._limit is not None else 0 if d.device.type == "cpu" else WAITING
+        if limit > 0:
+            self._waiting += [_Product(record, half, z, mask, sign, record.generation) for half, z, sign in products]
+            self._waiting_bytes += sum(z.nbytes for _, z, _ in products)
+            if self._waiting_bytes > limit:
+                self.flush()
+            return
+        for half, z, sign in products:
+            z = z.to(store.sums.dtype)
             # in place: no autocast, no graph
-            S.addmm_(z.T if mask is None else z.T * mask, z)
+            store.sums[half, i].addmm_(z.T if mask is None else z.T * mask, z, alpha=sign)
 
-    def _sum_up(self) -> None:
-        """Do the products that wait, those of one kind by one op."""
-        kinds: dict[tuple[Any, ...], list[_Product]] = {}
-        for p in self._waiting:
-            kinds.setdefault((p.z.shape[1], p.z.dtype, p.z.device, p.mask is None), []).append(p)
-        for products in kinds.values():
-            masks = [p.mask for p in products if p.mask is not None]
-            G = self._ops("gram_many", [p.z for p in products], None, masks or None)
-            torch._foreach_add_([p.into for p in products], list(G.unbind()))
-        self._waiting, self._waiting_bytes = [], 0
+    def _place(self, pair: LoraPair, z: Tensor) -> tuple[Store, int]:
+        """Return the store of a pair, made when the pair is first seen, or seen with another rank or dtype."""
+        found = self._places.get(pair)
+        key = (z.shape[1], compute_dtype(z.dtype), z.device)
+        if found is None or found[0].key != key:
+            found = self._places[pair] = self._new_place(pair, key)
+        return found
+
+    def _new_place(self, pair: LoraPair, key: tuple[Any, ...]) -> tuple[Store, int]:
+        r, dtype, device = key
+        self._records[pair].calls = 0
+        for old in self.stores:
+            if old.key == key and pair in old.index:
+                return old, old.index[pair]
+        # all pairs of the rank that are not elsewhere, in their order: which one is seen first does not matter
+        index = {p: i for i, p in enumerate(q for q in self.pairs if q.rank == r)}
+        index.setdefault(pair, len(index))
+        P = len(index)
+        n: Any = torch.zeros(P, dtype=torch.float64, device=device) if self._static else [0] * P
+        store = Store(torch.zeros(2, P, r, r, dtype=dtype, device=device), index, n)
+        self.stores.append(store)
+        return store, index[pair]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Product:
-    """zᵀz of the rows of z (n, r) that a mask (n,) leaves, to be added to a sum."""
+    """zᵀz of the rows of z (n, r) that a mask (n,) leaves, to be added to half 0 (u) or 1 (d) of a pair's sums."""
 
-    into: Tensor
+    record: _Record
+    half: int
     z: Tensor
     mask: Tensor | None
+    sign: float
+    generation: int
 
 
-class _Hook:
-    """What stands on the module: weak references only, and nothing at all once copied or pickled."""
+def _remove_all(handles: dict[LoraPair, list[Any]]) -> None:
+    for own in handles.values():
+        for handle in own:
+            handle.remove()
 
-    def __init__(
-        self,
-        capture: weakref.ref[Capture] | None = None,
-        pair: weakref.ref[LoraPair] | None = None,
-    ):
-        self._capture = capture
-        self._pair = pair
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()  # copies of the model are not watched
+class _Watch:
+    """What stands on the model: weak references only, and nothing at all once copied or pickled."""
+
+    def __init__(self, capture: Any = None, record: Any = None, of_A: bool = False):
+        self._capture, self._record, self._of_A = capture, record, of_A
+
+    def __reduce__(self) -> tuple[type[_Watch], tuple[()]]:
+        return type(self), ()  # copies of the model are not watched
+
+    def _alive(self) -> tuple[Capture | None, _Record | None]:
+        return (None, None) if self._capture is None else (self._capture(), self._record())
+
+
+class _Arrival(_Watch):
+    """Stands on A or B: its gradient has been added to ``.grad``."""
+
+    def __call__(self, param: Tensor) -> None:
+        capture, record = self._alive()
+        if capture is not None and record is not None and param.grad is not None:
+            capture.arrived(record, param.grad, self._of_A)
+
+
+class _Hook(_Watch):
+    """Stands on the module that computes u."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        capture = self._capture() if self._capture is not None else None
-        pair = self._pair() if self._pair is not None else None
-        if capture is None or pair is None or not capture.active or not isinstance(output, Tensor):
+        capture, record = self._alive()
+        if capture is None or record is None or not capture.active or not isinstance(output, Tensor):
             return None
-        if not torch.is_grad_enabled() or not (module.weight.requires_grad or pair.b_trainable):
+        if not torch.is_grad_enabled() or not (module.weight.requires_grad or record.pair.b_trainable):
             return None
         watched = output
         if not output.requires_grad:
             # A frozen A on an input without gradient: the backward would not come by otherwise.
             watched = output.detach().requires_grad_()
         channel = _channel(module, output)
-        # the backward of B needs u too, so that holding it costs nothing (but r numbers a row under checkpointing)
         mask = capture.mask
         if mask is not None and mask.numel() * output.shape[channel] != output.numel():
             mask = None
-        watched.register_hook(_on_gradient(weakref.ref(capture), weakref.ref(pair), output.detach(), channel, mask))
+        # the backward of B needs u too, so that holding it costs nothing (but r numbers a row under checkpointing)
+        watched.register_hook(
+            _Brought(self._capture, self._record, _Call(_rows(output.detach(), channel), mask), channel)
+        )
         return None if watched is output else watched
 
 
-def _on_gradient(
-    capture: weakref.ref[Capture], pair: weakref.ref[LoraPair], u: Tensor, channel: int, mask: Tensor | None
-) -> Callable[[Tensor | None], None]:
-    """The tensor hook on u: d has u's shape, its rank is dimension `channel`."""
+class _Brought:
+    """Stands on u: the backward has brought d, of the shape of u with the rank in dimension ``channel``."""
 
-    def hook(d: Tensor | None) -> None:
-        owner, key = capture(), pair()
-        if d is not None and owner is not None and key is not None:
-            owner._add(key, _rows(u, channel), _rows(d.detach(), channel), mask)
+    __slots__ = ("_call", "_capture", "_channel", "_record")
 
-    return hook
+    def __init__(self, capture: Any, record: Any, call: _Call, channel: int):
+        self._capture, self._record, self._call, self._channel = capture, record, call, channel
+
+    def __call__(self, d: Tensor | None) -> None:
+        capture, record = self._capture(), self._record()
+        if d is not None and capture is not None and record is not None:
+            capture.came(record, self._call, _rows(d, self._channel))
 
 
 def _channel(module: nn.Module, output: Tensor) -> int:

@@ -73,6 +73,13 @@ class BaseGradients:
         if self.staged:
             self._hit = {}
 
+    def forget(self) -> None:
+        """Forget all that came."""
+        self.discard()
+        self._hit = {}
+        self.sums.clear()
+        self.seen.clear()
+
     def commit(self, keep: Tensor | None = None, scale: Tensor | None = None) -> None:
         """End a step: count the layers it reached.
 

@@ -1,25 +1,80 @@
-"""RankSpaceOptimizer: params in, pairs found, state stacked, gradients checked. The methods live in its subclasses."""
+"""PairedOptimizer: params in, pairs found, groups read at every step. The methods live in its subclasses."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from curvopt.distributed import any_nonfinite, groups_of, local
+from curvopt.distributed import Shards, groups_of, local, shards_of
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, pair_by_name
 from curvopt.ops import Ops
 from curvopt.optim import loading
 from curvopt.optim.checking import check, is_number
-from curvopt.optim.places import Places, describe_names, trainable
-from curvopt.optim.scratch import Scratch
-from curvopt.optim.stacks import Side, Stack, partition
+from curvopt.optim.locator import ParameterLocator, describe_names, trainable
 
 
-class RankSpaceOptimizer(torch.optim.Optimizer):
-    """An optimizer that knows which of its parameters are the two factors of one LoRA adapter.
+@dataclass(eq=False)
+class Side:
+    """One LoRA matrix, the A or the B of a pair, as it stands in the optimizer.
+
+    Attributes:
+        pair: the pair it belongs to.
+        name: ``"A"`` or ``"B"``.
+        group: the param group that holds it.
+        param: the parameter; refreshed by the owner when a framework replaced it.
+        kind: what sides must share, besides their shape, for one update of all of them.
+    """
+
+    pair: LoraPair
+    name: str
+    group: dict[str, Any]
+    param: Tensor
+    kind: Any = None
+
+    @property
+    def rank_dim(self) -> int:
+        """Dimension of the rank in a stack of such matrices: 1 or 2."""
+        return 1 + (self.pair.dim_A if self.name == "A" else self.pair.dim_B)
+
+    def moment(self) -> str:
+        """Return which factor preconditions this side: "u" or "d"."""
+        own = {"A": "d", "B": "u"} if self.group["sides"] == "kfac" else {"A": "u", "B": "d"}
+        return own[self.name]
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Return the 2-D view of a tensor laid out like the parameter."""
+        return tensor if tensor.ndim == 2 else self.pair.matrix(self.name, tensor)
+
+    @property
+    def shards(self) -> Shards | None:
+        """How the parameter is split over processes now; None for a plain tensor."""
+        return shards_of(self.param, self.rank_dim - 1, f"{self.name} of {self.pair.name}")
+
+
+@dataclass
+class Noted:
+    """A param group as it was when it was last read.
+
+    Attributes:
+        group: the dict itself.
+        params: its parameters.
+        settings: its hyper-parameters.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    settings: dict[str, Any]
+
+
+class PairedOptimizer(torch.optim.Optimizer):
+    """An optimizer that knows which of its parameters are the two matrices of one LoRA adapter.
+
+    What stands in ``param_groups`` at a step is what trains, as in torch: tensors that were replaced, appended or
+    removed, new group dicts and edited values are seen at the next step, and pairs are found again.
 
     Parameters that belong to no pair get exactly torch's AdamW with the group's ``lr``, ``betas``, ``eps`` and
     ``weight_decay`` (bit for bit ``torch.optim.AdamW`` on the CPU, its fused kernel elsewhere).
@@ -34,13 +89,11 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: something in ``params`` is not a tensor, or a parameter is complex.
-        ValueError: no pair found, or an argument out of range; the message names it.
+        ValueError: no pair found, a float16 adapter, or an argument out of range; the message names it.
     """
 
-    _step_supports_amp_scaling = True
     # r×r and counting state: kept in its own dtype, which loading would cast to the parameter's
-    _small: frozenset[str] = frozenset({"skipped"})
-    _stacked = True  # whether a step wants the gradients of a stack in one tensor
+    _small: frozenset[str] = frozenset({"skipped", "cadence"})
 
     def __init__(
         self,
@@ -54,15 +107,15 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._ops = Ops(backend)
         self._adapter = adapter
+        self._whole_model = isinstance(params, nn.Module)
         if isinstance(params, nn.Module):
             model, params = params, trainable(params, adapter)
         elif not isinstance(params, Tensor):
             params = list(params)
         self._model = model
         self._sides: list[Side] = []
-        self._stacks: list[Stack] = []
         self._pairs: list[LoraPair] = []
-        self._scratch = Scratch()
+        self._noted: list[Noted] = []
         self._ready = False
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -84,6 +137,30 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
     def pairs(self) -> list[LoraPair]:
         """The pairs this optimizer trains, in module order."""
         return list(self._pairs)
+
+    @property
+    def sides(self) -> list[Side]:
+        """The matrices of `pairs` that are in the param groups."""
+        return list(self._sides)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module that was searched for pairs; None without one."""
+        return self._model
+
+    @property
+    def ops(self) -> Ops:
+        """The ops of this optimizer's backend."""
+        return self._ops
+
+    def now_at(self, p: Tensor) -> Tensor:
+        """Return the parameter that stands in the model now where ``p`` stood when the groups were last read."""
+        return self._locator.now_at(p)
+
+    @property
+    def shared_by(self) -> list[Any]:
+        """The process groups over which any parameter is split."""
+        return list(self._shared_by)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; pairs that it completes are found, and nothing is added if it is refused."""
@@ -112,11 +189,21 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         decay = g["weight_decay"]
         check("weight_decay", decay, is_number(decay) and decay >= 0, "a number ≥ 0")
 
+    def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
+        """Validate a group that was edited; subclasses refuse what cannot be changed after the first step."""
+        self._check_group(g)
+
     def _release(self) -> None:
         """Leave the model as it was found; subclasses that put hooks on it remove them."""
 
     def _check_pairs(self) -> None:
         """Validate what concerns a pair's two groups together; subclasses add to it."""
+        for side in self._sides:
+            check(
+                f"{side.name} of {side.pair.name}", side.param.dtype, side.param.dtype != torch.float16,
+                "float32 or bfloat16: updates of float16 parameters round to nothing or overflow. Keep the adapter in "
+                "float32 (PEFT does so with autocast_adapter_dtype=True)",
+            )  # fmt: skip
 
     def _index_pairs(self) -> None:
         """Find the pairs among the parameters; cheap enough to repeat when groups or parameters change."""
@@ -141,20 +228,59 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
 
     def _note_params(self) -> None:
         """Note what depends on which objects the parameters are now."""
-        self._stacks = []
         paired = {s.param for s in self._sides}
         self._others = [[p for p in g["params"] if p not in paired] for g in self.param_groups]
-        self._places = Places(self._model, self.param_groups)
+        self._locator = ParameterLocator(self._model, self.param_groups, self._whole_model and self._adapter is None)
         self._shared_by = groups_of(p for g in self.param_groups for p in g["params"])
+        self._noted = [Noted(g, list(g["params"]), _settings(g)) for g in self.param_groups]
+
+    # ------------------------------------------------------------------ reading the world, once a step
+
+    def _read_groups(self) -> None:
+        """Bring pairs and settings in line with what stands in ``param_groups`` now. Usually nothing has changed."""
+        groups, noted = self.param_groups, self._noted
+        if len(groups) != len(noted) or not all(map(_same_params, groups, noted)):
+            self._reindex()
+            return
+        edited = False
+        for g, was in zip(groups, noted, strict=True):
+            if any(g.get(key) is not value for key, value in was.settings.items()):
+                before, was.settings = was.settings, _settings(g)
+                self._check_edit(before, g)
+                edited |= any(before[key] is not g.get(key) for key in before.keys() - {"lr", "betas"})
+        if edited:
+            self._check_pairs()
+
+    def _reindex(self) -> None:
+        """Find the pairs anew among parameters that were put into the groups or taken out.
+
+        Raises:
+            RuntimeError: parameters were replaced in the groups, but not in the model, and pairs are lost by it.
+        """
+        before, familiar = self._pairs, {p for noted in self._noted for p in noted.params}
+        if self._model is not None:
+            familiar.update(self._model.parameters())
+        for g in self.param_groups:
+            self._check_group(g)
+        self._index_pairs()
+        now = {p for g in self.param_groups for p in g["params"]}
+        lost = [pair.name for pair in before if pair.A not in now and pair.B not in now]
+        foreign = now - familiar
+        if lost and foreign:
+            raise RuntimeError(
+                f"{len(lost)} LoRA pairs ({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}) are no longer in "
+                f"param_groups: {len(foreign)} tensors that are not parameters of the model stand there instead, as "
+                "wrappers with flat or master copies put them (DeepSpeed ZeRO, apex, bf16 master weights). No pair can "
+                "be preconditioned through such copies; use DistributedDataParallel or FSDP2 (fully_shard) instead"
+            )
+        self._check_pairs()
 
     def _follow(self) -> None:
         """Take the parameters that a framework has put in place of ours; pairs and what was observed of them stay."""
-        if self._places.adopt(self.param_groups, self.state, self._sides):
+        if self._locator.adopt(self.param_groups, self.state, self._sides):
             self._note_params()
         else:
             self._index_pairs()
-
-    # ------------------------------------------------------------------ one step
 
     def _check_capture(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -166,83 +292,31 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _gather(self) -> tuple[list[Stack], dict[int, list[Tensor]]]:
-        """Return the stacks with gradients, loaded, and by group the other parameters with gradients."""
-        self._read_grads()
-        idle = [s.param for s in self._sides if s.grad is None]
-        if self._places.moved(itertools.chain(idle, (p for ps in self._others for p in ps if p.grad is None))):
-            self._follow()
-            self._read_grads()
+    def _live_others(self) -> dict[int, list[Tensor]]:
+        """Return by group the parameters outside pairs that have gradients."""
         others = {i: [p for p in params if p.grad is not None] for i, params in enumerate(self._others)}
-        grads = [*(s.grad for s in self._sides), *(p.grad for params in others.values() for p in params)]
-        if any(g is not None and g.layout is not torch.strided for g in grads):
-            raise RuntimeError("sparse gradients are not supported; use dense ones, or another optimizer for them")
-        self._places.look_after(grads)
-        self._assemble()
-        scale = getattr(self, "grad_scale", None)
-        stacks = [s for s in self._stacks if s.live]
-        for stack in stacks if self._stacked else ():
-            stack.load_grads(scale, listed=self._ops.on_kernels(stack.device))
-        return stacks, others
-
-    def _read_grads(self) -> None:
-        for side in self._sides:
-            side.grad = side.param.grad
-
-    def _assemble(self) -> None:
-        """Bring the stacks in line with which parameters have gradients now. Usually nothing changes."""
-        kept = []
-        for stack in self._stacks:
-            live = [s.grad is not None for s in stack.sides]
-            if stack.bound(self.state) and (all(live) or not any(live)):
-                kept.append(stack)
-        stacked = {id(s) for stack in kept for s in stack.sides}
-        if len(stacked) == len(self._sides):
-            return
-        loose = [s for s in self._sides if id(s) not in stacked and (s.grad is not None or self.state.get(s.param))]
-        live_now = [s for s in loose if s.grad is not None]
-        resting = [s for s in loose if s.grad is None]
-        fresh = [*partition(live_now, self.state), *partition(resting, self.state)]
-        for stack in fresh:
-            stack.bind(self.state, self._small_state(stack))
-        self._stacks = kept + fresh
-
-    def _small_state(self, stack: Stack) -> dict[str, Tensor]:
-        """Return prototypes of the per-matrix state a subclass keeps beside Adam's."""
-        return {}
-
-    def _found_inf(self, stacks: Sequence[Stack], others: dict[int, list[Tensor]]) -> dict[torch.device, Tensor]:
-        """Return, per device, a 0-d float that is 1 if any gradient of this step is not finite, anywhere."""
-        grads = [g for s in stacks for g in (s.grads if isinstance(s.grads, list) else [s.grads])]
-        grads += [p.grad for ps in others.values() for p in ps]
-        devices = {s.device for s in stacks} | {p.device for ps in others.values() for p in ps}
-        scaler = getattr(self, "found_inf", None)
-        return any_nonfinite([g for g in grads if g is not None], scaler, list(devices), self._shared_by)
+        check_dense(p.grad for params in others.values() for p in params if p.grad is not None)
+        return others
 
     def _update_others(self, others: dict[int, list[Tensor]], found_inf: dict[torch.device, Tensor]) -> None:
         """AdamW on the parameters outside pairs: torch's own."""
-        scale = getattr(self, "grad_scale", None)
         for i, params in others.items():
-            g = self.param_groups[i]
             for device in {p.device for p in params}:
-                self._adamw(g, [p for p in params if p.device == device], scale, found_inf[device])
+                self._adamw(self.param_groups[i], [p for p in params if p.device == device], found_inf[device])
 
-    def _adamw(self, g: dict[str, Any], params: list[Tensor], scale: Tensor | None, found_inf: Tensor) -> None:
+    def _adamw(self, g: dict[str, Any], params: list[Tensor], found_inf: Tensor) -> None:
         cpu = params[0].device.type == "cpu"
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if cpu and found_inf.item():  # reading a CPU tensor waits for nobody
+        if cpu and found_inf.item():  # no device synchronisation on the CPU
             return
-        grads = [p.grad for p in params]
-        if scale is not None:
-            grads = [g_.div(scale.to(g_.device)) for g_ in grads if g_ is not None]
+        grads = [local(p.grad) for p in params]
         column = {key: [local(self.state[p][key]) for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
-        params, grads = [local(p) for p in params], [local(g_) for g_ in grads]
         adamw(
-            params, grads, column["exp_avg"], column["exp_avg_sq"], [], column["step"],
+            [local(p) for p in params], grads, column["exp_avg"], column["exp_avg_sq"], [], column["step"],
             fused=None if cpu else True, foreach=False if cpu else None, found_inf=None if cpu else found_inf,
             amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"],
             eps=g["eps"], maximize=g["maximize"],
@@ -251,7 +325,7 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ saving, loading, copying
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_model", "_adapter")}
+        own = {key: self.__dict__[key] for key in ("_model", "_adapter", "_whole_model")}
         return {**super().__getstate__(), **own, "_backend": self._ops.backend}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,7 +334,7 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the saved state of a parameter has another shape (for instance another rank).
         """
-        if self._places.moved(iter(())):
+        if self._locator.moved(iter(())):
             self._follow()
         final: dict[str, Any] = {}  # what loads, after the user's own pre-hooks
 
@@ -283,5 +357,20 @@ class RankSpaceOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, self.defaults[key])
         if backend is not None:  # a copy or a pickle, not load_state_dict
             self._ops = Ops(backend)
-            self._sides, self._stacks, self._scratch, self._ready = [], [], Scratch(), True
+            self._sides, self._pairs, self._noted, self._ready = [], [], [], True
         self._index_pairs()
+
+
+def check_dense(grads: Iterable[Tensor]) -> None:
+    """Raise a RuntimeError if a gradient is sparse."""
+    if set(map(attrgetter("layout"), grads)) - {torch.strided}:
+        raise RuntimeError("sparse gradients are not supported; use dense ones, or another optimizer for them")
+
+
+def _settings(g: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in g.items() if key not in ("params", "param_names")}
+
+
+def _same_params(g: dict[str, Any], noted: Noted) -> bool:
+    params = g["params"]
+    return g is noted.group and len(params) == len(noted.params) and all(map(is_, params, noted.params))

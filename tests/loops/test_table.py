@@ -44,7 +44,7 @@ def test_a_broken_step_changes_nothing_and_is_counted(loop, make):
     run.train(0, CUT, False)
     before = run.snapshot()
     run.train(CUT, CUT + 2, True)
-    models.assert_same(run.snapshot(), before, ignore=("skipped",))
+    models.assert_same(run.snapshot(), before, ignore=("skipped", "cadence"))
     assert run.skipped() == {2 / loop.turns}
     run.train(CUT, STEPS, False)
     assert models.differences(run.snapshot(), before) != []
@@ -100,7 +100,8 @@ def test_the_comparison_has_teeth():
         run = loopkit.plain(make)
         run.train(0, STEPS - 1, False)
         if spoil == "clock":
-            run.optimizer.param_groups[0]["clock"] += 1
+            for bucket in run.optimizer.buckets:
+                bucket.tick()
         if spoil == "half":
             run.optimizer.zero_grad()
             loopkit.token_loss(run.model, *loopkit.halves(run.model, STEPS - 1)[0]).backward()

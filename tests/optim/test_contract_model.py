@@ -18,8 +18,7 @@ def test_nothing_but_hooks_is_left_on_the_model(make, build):
             for name, m in model.named_modules()
         }
         tensors = {
-            name: (id(p), p.requires_grad, sorted(vars(p)), p._backward_hooks, p._post_accumulate_grad_hooks)
-            for name, p in model.named_parameters()
+            name: (id(p), p.requires_grad, sorted(vars(p)), p._backward_hooks) for name, p in model.named_parameters()
         }
         return modules, tensors, list(model.state_dict())
 
@@ -32,6 +31,7 @@ def test_nothing_but_hooks_is_left_on_the_model(make, build):
         assert sum(len(m._forward_hooks) for m in model.modules()) > 0
         optimizer.remove_hooks()
     assert models.hooks(model) == count and not any(m._forward_hooks for m in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     moved = models.snapshot(model)
     models.fit(model, optimizer, 2, 3)
     assert models.differences(models.snapshot(model), moved) != []

@@ -159,7 +159,7 @@ def test_a_skipped_step_does_not_reproject(mode):
     model.head.bias.grad[0] = torch.inf
     before = models.snapshot(model, optimizer)
     optimizer.step()  # the fourth
-    models.assert_same(models.snapshot(model, optimizer), before, ignore=("skipped",))
+    models.assert_same(models.snapshot(model, optimizer), before, ignore=("skipped", "cadence"))
     models.fit(model, optimizer, 4, 4)
     assert models.differences(models.snapshot(model), before)
 

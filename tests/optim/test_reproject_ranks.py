@@ -60,10 +60,10 @@ def test_masked_directions_stay_exactly_zero(rule, statistics):
     assert masked_are_zero(optimizer) == dead
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_masked_directions_stay_exactly_zero_in_other_dtypes(dtype):
     # parameters outside pairs are torch's AdamW in their own dtype, where fp16 rounds a small ε to zero
-    model, optimizer = cut(dtype=dtype, eps=1e-3 if dtype == torch.float16 else 1e-8)
+    model, optimizer = cut(dtype=dtype)
     assert optimizer.diagnostics()["skipped_updates"] == 0
     dead = masked_are_zero(optimizer)
     assert dead > 0

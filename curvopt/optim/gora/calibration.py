@@ -138,8 +138,7 @@ class Calibration:
         for held in (self.sums, self.seen, self.last):
             held.clear()
         if self.capture is not None:
-            self.capture._hit.clear()
-            self.capture.discard()
+            self.capture.forget()
 
     def save(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """Put views of everything into the optimizer's state, under each B."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvopt.functional.ranks import RankPlan
 from curvopt.lora import LoraPair
-from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.base import PairedOptimizer
 from curvopt.optim.checking import check
 from curvopt.optim.gora import checks, handover
 from curvopt.optim.gora.calibration import KEYS, Calibration, plan_for, write_start
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 AT_LEAST = 3  # steps before `convergence` may end the calibration
 
 
-class GoRAInit(RankSpaceOptimizer):
+class GoRAInit(PairedOptimizer):
     r"""Calibrates adapters by gradients (GoRA, arXiv 2502.12171), then hands over to the optimizer ``then`` makes.
 
     .. code-block:: text
@@ -66,7 +66,7 @@ class GoRAInit(RankSpaceOptimizer):
     ``state_dict`` in the middle of the calibration has all of it; afterwards it has the delegate's.
 
     Raises:
-        TypeError: see `RankSpaceOptimizer`.
+        TypeError: see `PairedOptimizer`.
         ValueError: no pair, an argument out of range, or a budget the clamps cannot meet; from ``step``: B not zero,
             or a layer without any gradient.
     """

@@ -1,25 +1,24 @@
 """GritKFAC: AdamW for LoRA with rank-space K-FAC, reprojection and a rank that follows the spectrum."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvopt.functional.update import Slab
+from curvopt.functional.update import RULES, Slab
 from curvopt.lora import resize_pair
 from curvopt.lora.resize import check_resize
-from curvopt.optim.base import RankSpaceOptimizer
-from curvopt.optim.grit import matrices, report, reproject, settings
-from curvopt.optim.grit.matrices import MATRICES
-from curvopt.optim.grit.statistics import Observer
-from curvopt.optim.stacks import Side, Stack
+from curvopt.optim.base import Side
+from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
+from curvopt.optim.grit import diagnostics, reproject, settings
+from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, note_known, small_state, source_of
 
 T = TypeVar("T", bound="GritKFAC")
 
 
-class GritKFAC(RankSpaceOptimizer):
+class GritKFAC(BucketedOptimizer):
     r"""AdamW whose LoRA updates see the curvature in rank space (GRIT, arXiv 2601.00231).
 
     .. code-block:: text
@@ -31,7 +30,7 @@ class GritKFAC(RankSpaceOptimizer):
             change basis, decide the rank k, set directions ≥ k to zero    every reproject_every steps
 
     Args:
-        params: the model (recommended), named parameters, or param groups; see `RankSpaceOptimizer`. Only with a
+        params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`. Only with a
             module can activations be observed; named parameters use gradient statistics.
         lr: learning rate, ≥ 0; a 0-d tensor is allowed.
         betas: decay of Adam's moments, in [0, 1).
@@ -69,14 +68,15 @@ class GritKFAC(RankSpaceOptimizer):
     ``scaler.unscale_`` nobody can tell it, so it stays, and cancels in all that is made of S_d until it changes.
 
     Raises:
-        TypeError: see `RankSpaceOptimizer`.
+        TypeError: see `PairedOptimizer`.
         ValueError: no pair, or an argument out of range; the message names argument, value and what is allowed.
     """
 
     # what a copy or a pickle starts with: process groups cannot travel
     _process_group: dist.ProcessGroup | None = None
     _small = frozenset(
-        {"skipped", "factor", "observed", "rows", "rank", "pending", "kept", *(k for _, k in MATRICES.values())}
+        {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
+        | {rule.key for rule in RULES.values() if rule.key is not None}
     )
 
     def __init__(
@@ -113,7 +113,6 @@ class GritKFAC(RankSpaceOptimizer):
             "damping": damping, "factor_decay": factor_decay, "factor_every": factor_every,
             "inverse_every": inverse_every, "warmup_steps": warmup_steps, "reprojection": reprojection,
             "reproject_every": reproject_every, "rank_threshold": rank_threshold, "min_rank": min_rank,
-            "clock": 0,
         }  # fmt: skip
         self._process_group = process_group
         super().__init__(
@@ -143,51 +142,64 @@ class GritKFAC(RankSpaceOptimizer):
         """Take one step; returns what ``closure`` returned, if given."""
         self._check_capture()
         loss = self._evaluate(closure)
-        stacks, others = self._gather()  # live matrices by shape, their gradients stacked
-        found_inf = self._found_inf(stacks, others)
-        for group in self.param_groups:
-            group["clock"] += 1
-        scale = getattr(self, "grad_scale", None)
-        self._observer.observe(_due(stacks, "factor_every"), found_inf, scale)  # S ← S + w (zᵀz/N − S)
-        matrices.refresh(_due(stacks, "inverse_every"), found_inf, self._ops)  # M ← f(Ŝ + λI)
-        self._update(stacks, found_inf)  # p ← p (1 − lr·wd) + rule(M, ∇)
+        buckets, others = self._read()
+        for bucket in buckets:
+            bucket.tick()
+            bucket.begin(self._planned(bucket), self._make_plan)
+        found_inf = self._found_inf(buckets, others)
+        self._curvature.observe(due(buckets, "factor_every"), found_inf)  # S ← S + w (zᵀz/N − S)
+        for bucket in due(buckets, "inverse_every"):
+            self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
+        reprojected = due(buckets, "reproject_every")
+        for bucket in buckets:
+            bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
         self._update_others(others, found_inf)
-        self._reproject(_due(stacks, "reproject_every"), found_inf)  # A ← T A, B ← B T⁻¹, mask
-        self._observer.arm()
+        if reprojected:
+            reproject.change_basis(reprojected, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
+        self._curvature.arm(self._buckets, self._sides)
         return loss
 
-    def _update(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
-        """Run each rule over its slabs, a device at a time; every rule is plain Adam until the warm-up is over."""
-        batches: dict[tuple[str, torch.device], list[Slab]] = {}
-        for stack in stacks:
-            g = stack.group
-            warm = g["clock"] > g["warmup_steps"]
-            matrix = stack.state[MATRICES[g["update"]][1]] if warm else None
-            slab = stack.slab(matrix, self._scratch.like(stack.grads))
-            rule = g["update"] if warm else "adam"
-            if rule == "polar":
-                slab.damping, slab.k, slab.known = g["damping"], matrices.live_rank(stack), matrices.known(stack)
-            batches.setdefault((rule, stack.device), []).append(slab)
-        for (rule, device), slabs in batches.items():
-            self._ops(f"{rule}_update", slabs, found_inf[device])
-        for stack in stacks:
-            stack.state["skipped"].add_(found_inf[stack.device])
-            stack.finish(found_inf[stack.device])
+    def _planned(self, bucket: Bucket) -> str:
+        """Return the name of the bucket's plan in this step: its rule's, or plain Adam until the warm-up is over."""
+        g = bucket.group
+        if bucket.steps <= g["warmup_steps"]:
+            return "adam"
+        return f"{g['update']} with its matrix, {'live ranks' if g['rank_threshold'] is not None else 'all ranks'}"
 
-    def _reproject(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
-        """Change the basis, and with it the rank, as each group asks."""
-        balanced = [s for s in stacks if s.group["reprojection"] == "balanced"]
-        published = [s for s in stacks if s.group["reprojection"] in ("paper", "paper-one-sided")]
-        if balanced:
-            reproject.balanced(balanced, found_inf, self._ops)
-        if published:
-            reproject.published(published, found_inf)
+    def _make_plan(self, bucket: Bucket, name: str) -> tuple[Any, list[Slab]]:
+        """Return a plan of a bucket and its slabs, for as long as parameters and state stay where they are."""
+        rule = RULES["adam" if name == "adam" else bucket.group["update"]]
+        matrix = None if name == "adam" or rule.key is None else bucket.state.get(rule.key)
+        k = live_rank(bucket)
+        if rule.damps and matrix is not None:
+            bucket.known = torch.zeros(len(bucket.sides), dtype=torch.bool, device=bucket.device)
+            note_known(bucket)
+        slabs = []
+        for block in bucket.blocks:
+            params, hyper = on_pieces(block, bucket.hyper, bucket.compute_dtype)
+            slabs.append(
+                Slab(
+                    params=params,
+                    grads=[],
+                    exp_avg=block.exp_avg,
+                    exp_avg_sq=block.exp_avg_sq,
+                    step=bucket.state["step"],
+                    rank_dim=block.rank_dim,
+                    matrix=None if matrix is None else matrix[block.rows],
+                    hyper=hyper,
+                    reduce=block.shards.sum_ if block.shards is not None and rule.shared(bucket.r) else None,
+                    damping=bucket.group["damping"],
+                    k=None if k is None else k[block.rows],
+                    known=None if bucket.known is None else bucket.known[block.rows],
+                )
+            )
+        return self._ops.plan(rule.name, slabs), slabs
 
     # ------------------------------------------------------------------ ranks, compaction, reading
 
     def ranks(self) -> dict[str, int]:
         """Return the live rank of every pair by name: the rank of its tensors less the directions masked so far."""
-        return {pair.name: report.live_rank(self, pair) for pair in self._pairs}
+        return {pair.name: diagnostics.live_rank(self, pair) for pair in self._pairs}
 
     def compact(self) -> dict[str, int]:
         """Slice every pair and its state to its live rank for good, and return the ranks by name.
@@ -210,12 +222,13 @@ class GritKFAC(RankSpaceOptimizer):
             resize_pair(pair, k)
             for s, state in zip(sides, states, strict=True):
                 self.state[s.param] = state
-        self._stacks = []
+        if smaller:
+            self._index_pairs()
         return self.ranks()
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return what the optimizer knows of itself; reads the device. Keys are described in `report.diagnose`."""
-        return report.diagnose(self)
+        """Return what the optimizer knows of itself; reads the device. Keys are described in `diagnostics.diagnose`."""
+        return diagnostics.diagnose(self)
 
     def mask_rows(self, mask: Tensor | None) -> None:
         """Say which rows of the coming forward passes are real, so that padding enters neither the sums nor N.
@@ -227,65 +240,55 @@ class GritKFAC(RankSpaceOptimizer):
             mask: as many numbers as the layers see rows (the attention mask ``(batch, length)``, say), 1 for a real
                 row and 0 for padding; weights between are allowed. None for all rows.
         """
-        self._observer.capture.mask = None if mask is None else mask.reshape(-1).float()
+        self._curvature.capture.mask = None if mask is None else mask.reshape(-1).float()
+
+    @property
+    def watching(self) -> bool:
+        """Whether hooks of this optimizer are on the model."""
+        return self._curvature.capture.attached
 
     def remove_hooks(self) -> None:
         """Remove the hooks from the model. Factors then stay as they are; the optimizer goes on working."""
-        self._observer.capture.remove()
+        self._curvature.capture.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients as torch does, and forget what backward passes since the last step have shown."""
-        self._observer.capture.discard()
+        self._curvature.capture.discard()
         super().zero_grad(set_to_none)
 
     # ------------------------------------------------------------------ plumbing
 
     def _release(self) -> None:
-        if hasattr(self, "_observer"):
-            self._observer.capture.remove()
+        if hasattr(self, "_curvature"):
+            self._curvature.capture.remove()
 
     def _check_group(self, g: dict[str, Any]) -> None:
         super()._check_group(g)
         settings.check_group(g)
 
+    def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
+        super()._check_edit(before, g)
+        settings.check_edit(before, g, any(b.group is g for b in self._buckets))
+        if before["statistics"] != g["statistics"]:
+            self._index_pairs()
+        if before["damping"] is not g["damping"]:
+            for bucket in self._buckets:
+                bucket.forget_plans()
+
     def _check_pairs(self) -> None:
+        super()._check_pairs()
         settings.check_pairs(self._sides)
 
-    def _index_pairs(self) -> None:
-        self._release()
-        super()._index_pairs()
-        self._observer = Observer(self._sides, self._pairs, self._process_group, self._ops)
+    def _note_params(self) -> None:
+        super()._note_params()
+        before: Curvature | None = self.__dict__.get("_curvature")
+        self._curvature = Curvature(self._sides, self._pairs, self._process_group, self._ops, before)
 
-    def _small_state(self, stack: Stack) -> dict[str, Tensor]:
-        r, device = stack.r, stack.device
-        dtype = stack.compute_dtype
-        small = {
-            "factor": torch.zeros(r, r, dtype=dtype, device=device),
-            MATRICES[stack.group["update"]][1]: torch.eye(r, dtype=dtype, device=device),
-            "observed": torch.zeros((), dtype=torch.float64, device=device),
-            "rows": torch.zeros((), dtype=torch.float64, device=device),
-            "rank": torch.full((), r, dtype=torch.int64, device=device),
-            "pending": torch.zeros((), dtype=torch.int64, device=device),
-        }
-        if (stack.group["reprojection"] or "").startswith("paper"):
-            small["kept"] = small["rank"]
-        return small
+    def _kind(self, side: Side) -> Source:
+        return source_of(side)
 
-
-def _due(stacks: Sequence[Stack], every: str) -> list[Stack]:
-    """Return the stacks for which this step, the ``clock``-th, is one of every so many.
-
-    The first observation is at the first step, the first matrices at the first step after the warm-up.
-    """
-    due = []
-    for stack in stacks:
-        g = stack.group
-        since = g["clock"] - 1 - (0 if every == "factor_every" else g["warmup_steps"])
-        if every == "reproject_every":
-            since = -1 if since < 0 or g[every] == 0 else g["clock"]
-        if since >= 0 and since % g[every] == 0:
-            due.append(stack)
-    return due
+    def _small_state(self, side: Side) -> dict[str, Tensor]:
+        return small_state(side)
 
 
 def _sliced(side: Side, state: dict[str, Any], k: int) -> dict[str, Any]:

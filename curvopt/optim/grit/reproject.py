@@ -1,119 +1,133 @@
-"""Changing the basis of live pairs: the balanced gauge with its masks, and GRIT's published projections."""
+"""Changing the basis of pairs: the balanced gauge with its masks, and GRIT's published projections."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from curvopt.functional import basis, left, live_rows, ranks
+from curvopt.functional import basis, live_rows, ranks
 from curvopt.functional.inverse import eigenbasis, normalised
-from curvopt.functional.truncate import truncate_
 from curvopt.lora import LoraPair
-from curvopt.ops import Ops
-from curvopt.optim.grit.matrices import MATRICES, make
-from curvopt.optim.stacks import Side, Stack
+from curvopt.optim.base import Side
+from curvopt.optim.bucket import Block, Bucket
+from curvopt.optim.grit.curvature import Curvature, note_known, rule_of
 
 # rows of u and d before the published code lets d have a basis of its own
 MIN_SAMPLES = 64
 
-Place = tuple[Stack, int]
+Place = tuple[Bucket, int]
 
 
-def balanced(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor], ops: Ops) -> None:
-    """Bring every live pair into the balanced gauge and, with a threshold, set its cheapest directions to zero.
+def change_basis(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
+    """Change the basis, and with it the rank, as each group asks."""
+    gauged = [b for b in buckets if b.group["reprojection"] == "balanced"]
+    projected = [b for b in buckets if b.group["reprojection"] in ("paper", "paper-one-sided")]
+    if gauged:
+        balanced(gauged, found_inf, curvature)
+    if projected:
+        published(projected, found_inf)
+    for bucket in buckets:
+        bucket.did("reproject_every", found_inf[bucket.device])
+
+
+def balanced(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
+    """Bring every pair with gradients into the balanced gauge and, with a threshold, zero its cheapest directions.
 
     Parameters, both moments, factors and matrices change together, so that without truncation ΔW and what the
-    optimizer believes about it are unchanged. Pairs with a frozen or idle factor keep their basis.
+    optimizer believes about it are unchanged. Pairs with a frozen or idle side keep their basis.
     """
     maps: dict[Side, tuple[Tensor, Tensor]] = {}
     lifted: dict[Side, Tensor] = {}
-    for pairs in _buckets(stacks):
+    for pairs in _alike(buckets):
         a = [places[0] for places in pairs.values()]
-        stack = a[0][0]
+        bucket = a[0][0]
         S_u, S_d = _factors(pairs)
         k = _rows("rank", a)
         gauge = basis.balanced(S_u, S_d, k=k, keep_scale=False)
-        fine = found_inf[stack.device] == 0
-        eye = torch.eye(stack.r, dtype=gauge.T.dtype, device=stack.device)
+        fine = found_inf[bucket.device] == 0
+        eye = torch.eye(bucket.r, dtype=gauge.T.dtype, device=bucket.device)
         T, T_inv = torch.where(fine, gauge.T, eye), torch.where(fine, gauge.T_inv, eye)
         k_new, pending = k, _rows("pending", a)
-        tau = stack.group["rank_threshold"]
+        tau = bucket.group["rank_threshold"]
         if tau is not None:
             energy = gauge.sigma.square()
-            asked = ranks.energy_rank(energy, tau, stack.group["min_rank"], k)
-            k_new, pending = ranks.hysteresis(k, asked, pending, ranks.heavy_tail(energy, tau, k), stack.r)
+            asked = ranks.energy_rank(energy, tau, bucket.group["min_rank"], k)
+            k_new, pending = ranks.hysteresis(k, asked, pending, ranks.heavy_tail(energy, tau, k), bucket.r)
             k_new, pending = torch.where(fine, k_new, k), torch.where(fine, pending, _rows("pending", a))
-        for i, ((s_a, i_a), (s_b, i_b)) in enumerate(pairs.values()):
-            maps[s_a.sides[i_a]] = (T[i], T_inv[i].mT)
-            maps[s_b.sides[i_b]] = (T_inv[i].mT, T[i])
-            lifted[s_a.sides[i_a]] = k_new[i] > k[i]
-            for s, j in ((s_a, i_a), (s_b, i_b)):
-                s.state["rank"][j].copy_(k_new[i])
-                s.state["pending"][j].copy_(pending[i])
-    for stack in stacks:
-        _transform(stack, maps, lifted, found_inf[stack.device], ops)
+        for i, ((b_a, i_a), (b_b, i_b)) in enumerate(pairs.values()):
+            maps[b_a.sides[i_a]] = (T[i], T_inv[i].mT)
+            maps[b_b.sides[i_b]] = (T_inv[i].mT, T[i])
+            lifted[b_a.sides[i_a]] = k_new[i] > k[i]
+            for b, j in ((b_a, i_a), (b_b, i_b)):
+                b.state["rank"][j].copy_(k_new[i])
+                b.state["pending"][j].copy_(pending[i])
+    for bucket in buckets:
+        _transform(bucket, maps, lifted, found_inf[bucket.device], curvature)
 
 
 def _transform(
-    stack: Stack, maps: dict[Side, tuple[Tensor, Tensor]], lifted: dict[Side, Tensor], found_inf: Tensor, ops: Ops
+    bucket: Bucket,
+    maps: dict[Side, tuple[Tensor, Tensor]],
+    lifted: dict[Side, Tensor],
+    found_inf: Tensor,
+    curvature: Curvature,
 ) -> None:
-    """Apply the maps of parameters and of gradients to one stack and all of its state."""
+    """Apply the maps of parameters and of gradients to one bucket and all of its state."""
     wide = torch.float64
-    eye = torch.eye(stack.r, dtype=wide, device=stack.device)
-    M = torch.stack([maps.get(s, (eye, eye))[0] for s in stack.sides])
-    M_grad = torch.stack([maps.get(s, (eye, eye))[1] for s in stack.sides])
-    state, k = stack.state, stack.state["rank"]
+    eye = torch.eye(bucket.r, dtype=wide, device=bucket.device)
+    M = torch.stack([maps.get(s, (eye, eye))[0] for s in bucket.sides])
+    M_grad = torch.stack([maps.get(s, (eye, eye))[1] for s in bucket.sides])
+    state, k = bucket.state, bucket.state["rank"]
+    bucket.transform("params", M, k, found_inf)
+    if bucket.group["rank_threshold"] is not None:
+        for block in bucket.blocks:
+            if any(s in lifted for s in block.sides):
+                _seed_rows(block, k[block.rows], lifted, bucket.steps)
 
-    X = truncate_(left(M, stack.weights().to(wide), stack.rank_dim), k, stack.rank_dim)
-    if stack.group["rank_threshold"] is not None and any(s in lifted for s in stack.sides):
-        up = torch.stack([lifted.get(s, torch.zeros((), dtype=torch.bool, device=k.device)) for s in stack.sides])
-        X = _seed_rows(X, k, up, stack)
-    stack.assign(X)
-
-    M_factor = M_grad if stack.group["sides"] == "kfac" else M
-    alive = live_rows(k, stack.r)
+    M_factor = M_grad if bucket.group["sides"] == "kfac" else M
+    alive = live_rows(k, bucket.r)
     factor = torch.where(alive[:, :, None] & alive[:, None, :], basis.congruence(M_factor, state["factor"]), 0.0)
     state["factor"].copy_(torch.where(found_inf == 0, factor, state["factor"]))
+    note_known(bucket)
 
-    rule = stack.group["update"]
-    key = MATRICES[rule][1]
-    old, new = state[key].to(wide), torch.where(found_inf == 0, make(stack, ops), state[key])
-    if key == "basis":
-        R = new.to(wide).mT @ M_grad @ old
-    elif rule == "momentum":
-        R = M_grad
-    else:
-        R = torch.linalg.solve(old, new.to(wide) @ M_grad, left=False)
-    state[key].copy_(new)
-    stack.carry(torch.where(found_inf == 0, R, eye), k)
+    rule, old, new = rule_of(bucket), None, None
+    if rule.key is not None:
+        old = state[rule.key].to(wide)
+        new = torch.where(found_inf == 0, curvature.made(bucket).to(wide), old)
+    bucket.transform("moments", rule.carried(new, old, M_grad), k, found_inf)
+    if rule.key is not None:
+        state[rule.key].copy_(new)
 
 
-def _seed_rows(X: Tensor, k: Tensor, lifted: Tensor, stack: Stack) -> Tensor:
+def _seed_rows(block: Block, k: Tensor, lifted: dict[Side, Tensor], steps: int) -> None:
     """Give each direction that just re-entered (row k−1 of A; its B is zero) a random row as long as the one before.
 
     The numbers depend on the step alone, so every process and every resumed run draws the same.
     """
-    rows = X if stack.rank_dim == 1 else X.mT
-    generator = torch.Generator(X.device).manual_seed(stack.group["clock"])
-    noise = torch.randn(rows.shape[0], stack.width, dtype=X.dtype, device=X.device, generator=generator)
+    no = torch.zeros((), dtype=torch.bool, device=k.device)
+    up = torch.stack([lifted.get(s, no) for s in block.sides])
+    X = block.weights().to(torch.float64)
+    rows = X if block.rank_dim == 1 else X.mT
+    generator = torch.Generator(X.device).manual_seed(steps)
+    noise = torch.randn(rows.shape[0], block.width, dtype=X.dtype, device=X.device, generator=generator)
     index = torch.arange(rows.shape[1], device=X.device)
     before = torch.where((index == k[:, None] - 2)[:, :, None], rows, 0.0).sum(1).square().sum(1)
-    if stack.shards is not None:
-        stack.shards.sum_(before)
+    if block.shards is not None:
+        block.shards.sum_(before)
     noise = noise * (before.sqrt() / torch.linalg.vector_norm(noise, dim=1))[:, None]
-    noise = noise if stack.shards is None else stack.shards.columns(noise)
-    at = (index == k[:, None] - 1) & lifted[:, None]
+    noise = noise if block.shards is None else block.shards.columns(noise)
+    at = (index == k[:, None] - 1) & up[:, None]
     rows = torch.where(at[:, :, None], noise[:, None, :], rows)
-    return rows if stack.rank_dim == 1 else rows.mT
+    block.assign(rows if block.rank_dim == 1 else rows.mT)
 
 
-def published(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
+def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) -> None:
     """A ← P_a A and B ← B P_g as GRIT publishes it: moments and factors stay, tensors and masks too.
 
     The number of directions kept is noted in the state as ``kept``.
     """
     maps: dict[Side, Tensor] = {}
-    for pairs in _buckets(stacks):
+    for pairs in _alike(buckets):
         a = [places[0] for places in pairs.values()]
         g, r = a[0][0].group, a[0][0].r
         S_u, S_d = _factors(pairs)
@@ -127,39 +141,39 @@ def published(stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) ->
         eye = torch.eye(r, dtype=S_u.dtype, device=S_u.device)
         P_a, P_g = torch.where(keep, P_a, eye), torch.where(keep, P_g, eye)
         for i, places in enumerate(pairs.values()):
-            for (stack, j), P in zip(places, (P_a[i], P_g[i]), strict=True):
-                maps[stack.sides[j]] = P
-                kept = stack.state["kept"][j]
+            for (bucket, j), P in zip(places, (P_a[i], P_g[i]), strict=True):
+                maps[bucket.sides[j]] = P
+                kept = bucket.state["kept"][j]
                 kept.copy_(torch.where(keep[i].squeeze(), k[i], kept))
-    for stack in stacks:
-        eye = torch.eye(stack.r, dtype=stack.compute_dtype, device=stack.device)
-        P = torch.stack([maps.get(side, eye) for side in stack.sides])
-        stack.assign(left(P, stack.weights().to(P.dtype), stack.rank_dim))
+    for bucket in buckets:
+        eye = torch.eye(bucket.r, dtype=bucket.compute_dtype, device=bucket.device)
+        P = torch.stack([maps.get(side, eye) for side in bucket.sides])
+        bucket.transform("params", P, None, found_inf[bucket.device])
 
 
-def _buckets(stacks: Sequence[Stack]) -> list[dict[LoraPair, tuple[Place, Place]]]:
-    """Group the pairs that have both factors in ``stacks`` by rank, device, dtype and settings."""
+def _alike(buckets: Sequence[Bucket]) -> list[dict[LoraPair, tuple[Place, Place]]]:
+    """Group the pairs that have both sides in ``buckets`` by rank, device, dtype and settings."""
     places: dict[LoraPair, dict[str, Place]] = {}
-    for stack in stacks:
-        for i, side in enumerate(stack.sides):
-            places.setdefault(side.pair, {})[side.name] = (stack, i)
-    buckets: dict[tuple[object, ...], dict[LoraPair, tuple[Place, Place]]] = {}
+    for bucket in buckets:
+        for i, side in enumerate(bucket.sides):
+            places.setdefault(side.pair, {})[side.name] = (bucket, i)
+    alike: dict[tuple[object, ...], dict[LoraPair, tuple[Place, Place]]] = {}
     for pair, found in places.items():
         if len(found) == 2:
-            stack = found["A"][0]
-            key = (stack.r, stack.device, stack.compute_dtype, id(stack.group))
-            buckets.setdefault(key, {})[pair] = (found["A"], found["B"])
-    return list(buckets.values())
+            bucket = found["A"][0]
+            key = (bucket.r, bucket.device, bucket.compute_dtype, id(bucket.group))
+            alike.setdefault(key, {})[pair] = (found["A"], found["B"])
+    return list(alike.values())
 
 
 def _rows(key: str, places: Sequence[Place]) -> Tensor:
-    return torch.stack([stack.state[key][i] for stack, i in places])
+    return torch.stack([bucket.state[key][i] for bucket, i in places])
 
 
 def _factors(pairs: dict[LoraPair, tuple[Place, Place]]) -> tuple[Tensor, Tensor]:
     """Return S_u and S_d ``[P, r, r]``, whichever side each is kept with."""
-    by_moment: dict[str, list[Tensor]] = {"u": [], "d": []}
+    found: dict[str, list[Tensor]] = {"u": [], "d": []}
     for places in pairs.values():
-        for stack, i in places:
-            by_moment[stack.sides[i].moment()].append(stack.state["factor"][i])
-    return torch.stack(by_moment["u"]), torch.stack(by_moment["d"])
+        for bucket, i in places:
+            found[bucket.sides[i].moment()].append(bucket.state["factor"][i])
+    return torch.stack(found["u"]), torch.stack(found["d"])

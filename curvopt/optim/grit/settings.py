@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from curvopt.functional.update import RULES
+from curvopt.optim.base import Side
 from curvopt.optim.checking import check, is_number, is_whole
-from curvopt.optim.stacks import Side
+from curvopt.optim.grit.curvature import SOURCES
 
-STATISTICS = ("activation", "gradient", "weight")
 SIDES = ("kfac", "paper")
 REPROJECTIONS = ("balanced", "paper", "paper-one-sided", None)
 MIN_RANK = 4
@@ -19,7 +19,7 @@ SHARED = ("statistics", "sides", "update", "damping", "factor_decay", "factor_ev
 
 def check_group(g: dict[str, Any]) -> None:
     """Raise a ValueError for the first hyper-parameter out of range."""
-    choices = {"statistics": STATISTICS, "sides": SIDES, "update": tuple(RULES), "reprojection": REPROJECTIONS}
+    choices = {"statistics": tuple(SOURCES), "sides": SIDES, "update": tuple(RULES), "reprojection": REPROJECTIONS}
     for name, allowed in choices.items():
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
     check("damping", g["damping"], is_number(g["damping"]) and g["damping"] > 0, "a number > 0")
@@ -31,6 +31,13 @@ def check_group(g: dict[str, Any]) -> None:
         check(name, g[name], is_whole(g[name]) and g[name] >= least, f"an integer ≥ {least}")
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
+
+
+def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None:
+    """Raise a ValueError if a group was edited after a step in what its state was made for."""
+    for name in ("update", "sides", "statistics"):
+        same = not stepped or before[name] == g[name]
+        check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state is made for it")
 
 
 def check_pairs(sides: Sequence[Side]) -> None:

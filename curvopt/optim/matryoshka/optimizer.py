@@ -4,21 +4,23 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvopt.distributed import any_nonfinite, is_sharded
+from curvopt.distributed import is_sharded
 from curvopt.functional.nested import RowSlab
 from curvopt.lora import LoraPair
-from curvopt.optim.base import RankSpaceOptimizer
-from curvopt.optim.matryoshka import nests, truncation
-from curvopt.optim.matryoshka.nests import RowSide, given, scaled_rows, trace
-from curvopt.optim.stacks import Stack
+from curvopt.optim.base import Side
+from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer
+from curvopt.optim.checking import check
+from curvopt.optim.matryoshka import nested_ranks as nests
+from curvopt.optim.matryoshka import truncation
+from curvopt.optim.matryoshka.nested_ranks import scaled_rows
 
 
-class MatryoshkaScaledAdam(RankSpaceOptimizer):
+class MatryoshkaScaledAdam(BucketedOptimizer):
     r"""AdamW of (A, B) in ΔW = B P A, on plain modules that hold Ã = P A (MatryoshkaLoRA, arXiv 2605.07850).
 
     .. code-block:: text
@@ -34,7 +36,7 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
     otherwise: its ∂L/∂A is Q times ours.
 
     Args:
-        params: the model (recommended), named parameters, or param groups; see `RankSpaceOptimizer`.
+        params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`.
         lr: learning rate, ≥ 0; a 0-d tensor is allowed.
         betas: decay of Adam's moments, in [0, 1).
         eps: Adam's ε, as if on A.
@@ -56,12 +58,12 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
     a sum above the dtype's range counts as one). ``ranks`` and ``scale`` may be edited: ΔW stays, the rates follow.
 
     Raises:
-        TypeError: see `RankSpaceOptimizer`; or ``generator`` is no CPU generator.
-        ValueError: no pair, an argument out of range, or another optimizer of this class has one of the adapters.
+        TypeError: see `PairedOptimizer`; or ``generator`` is no CPU generator.
+        ValueError: no pair, or an argument out of range.
     """
 
-    _stacked = False
-    _live: ClassVar[weakref.WeakSet["MatryoshkaScaledAdam"]] = weakref.WeakSet()
+    _small = frozenset({"skipped", "cadence", "generator", "draw"})
+    _drawn: float | None = None  # the uniform number that picked DyLoRA's present ρ
 
     def __init__(
         self,
@@ -87,10 +89,9 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
         self._whole: dict[LoraPair, Tensor] = {}  # what truncated() took away; empty outside
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "ranks": ranks, "scale": scale, "nesting": nesting, "draw": None,
+            "ranks": ranks, "scale": scale, "nesting": nesting,
         }  # fmt: skip
         super().__init__(params, defaults, model=model, adapter=adapter, backend=backend, require_pairs=require_pairs)
-        self._live.add(self)
 
     # ------------------------------------------------------------------ the step
 
@@ -100,32 +101,56 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
         if self._whole:
             raise RuntimeError("no step inside of truncated(): the model holds one of its ranks")
         loss = self._evaluate(closure)
-        self._follow_settings()
-        stacks, others = self._gather()  # live matrices by shape and rates
-        found_inf = self._found_inf(stacks, others)
-        self._enter(stacks, found_inf)  # A ← Q A, once a pair
-        self._update(stacks, found_inf)  # row by row: lr Q_i, ε / Q_i
+        buckets, others = self._read()
+        for bucket in buckets:
+            bucket.tick()
+            self._to_full(bucket)
+            bucket.begin("rows", self._make_plan)
+        found_inf = self._found_inf(buckets, others)
+        self._enter(buckets, found_inf)  # A ← Q A, once a pair
+        for bucket in buckets:
+            bucket.step(found_inf[bucket.device])  # row by row: lr Q_i, ε / Q_i
         self._update_others(others, found_inf)
         self._draw()  # DyLoRA: Ã ← P_ρ A / s for the next ρ
         return loss
 
-    def _found_inf(self, stacks: Sequence[Stack], others: dict[int, list[Tensor]]) -> dict[torch.device, Tensor]:
-        """Return, per device, a 0-d float that is 1 if any gradient of this step is not finite, on any device."""
-        grads = [p.grad for ps in others.values() for p in ps if p.grad is not None]
-        grads += [trace([s.grad for s in stack.sides]) for stack in stacks]
-        devices = {s.device for s in stacks} | {p.device for ps in others.values() for p in ps}
-        return any_nonfinite(grads, getattr(self, "found_inf", None), list(devices), self._shared_by)
+    def _make_plan(self, bucket: Bucket, name: str) -> tuple[Any, list[RowSlab]]:
+        """Return a plan of a bucket and its slabs, for as long as parameters and state stay where they are."""
+        slabs = []
+        for block in bucket.blocks:
+            full = block.wide.get("full")
+            slabs.append(
+                RowSlab(
+                    params=block.matrices() if full is None else list(full.unbind()),
+                    grads=[],
+                    exp_avg=block.exp_avg,
+                    exp_avg_sq=block.exp_avg_sq,
+                    step=bucket.state["step"],
+                    rank_dim=block.rank_dim,
+                    rates=block.sides[0].kind,
+                    hyper=bucket.hyper,
+                )
+            )
+        return self._ops.plan(name, slabs), slabs
 
-    def _enter(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
-        """Give A its start Q A where a pair takes its first step with B = 0. Reads the device, once a stack."""
-        new = [stack for stack in stacks if stack not in self._entered]
-        if not new or any(found_inf[stack.device] != 0 for stack in new):
+    def _to_full(self, bucket: Bucket) -> None:
+        """Take the gradients to those of A where it is kept in the state: ∂L/∂A = Q ∂L/∂Ã."""
+        if "full" in bucket.blocks[0].wide:
+            bucket.grads = [
+                scaled_rows(g, self._nests[s.pair].rates, s.rank_dim - 1)
+                for g, s in zip(bucket.grads, bucket.sides, strict=True)
+            ]
+
+    def _enter(self, buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) -> None:
+        """Give A its start Q A where a pair takes its first step with B = 0. Reads the device, once a bucket."""
+        new = [bucket for bucket in buckets if bucket not in self._entered]
+        if not new or any(found_inf[bucket.device] != 0 for bucket in new):
             return
-        first = [s for stack in new if stack.state["step"] == 0 for s in stack.sides]
-        if any(is_sharded(s.param) for stack in new for s in stack.sides):
+        if any(is_sharded(p) for bucket in new for p in bucket.params):
             raise RuntimeError("MatryoshkaScaledAdam does not take sharded parameters (FSDP2)")
-        A = {s.pair: s for s in first if s.name == "A"}
-        B = {s.pair: s for s in first if s.name == "B" and not s.pair.B.any()}
+        first = [(s, b) for b in new if b.state["step"] == 0 for s in b.sides]
+        A = {s.pair: s for s, _ in first if s.name == "A"}
+        B = {s.pair: (s, b) for s, b in first if s.name == "B" and not s.pair.B.any()}
         for pair in (pair for pair in A if pair not in B):  # ΔW as it came is that of the largest rank
             self._nests[pair].check_unused()
             self._nests[pair].drawn = None
@@ -133,58 +158,30 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
             Q = self._nests[pair].rates
             if "full" in self.state[side.param]:
                 back = [1.0 if pair in B or q == 0 else 1 / q for q in Q]
-                self.state[side.param]["full"].copy_(side.matrix(scaled_rows(side.param, back, pair.dim_A)))
+                self.state[side.param]["full"].copy_(scaled_rows(side.param, back, pair.dim_A))
             elif pair in B:
                 side.param.copy_(scaled_rows(side.param, Q, pair.dim_A))
             if pair in B:
-                B[pair].grad = scaled_rows(given(B[pair].grad), Q, pair.dim_B)
+                s, bucket = B[pair]
+                i = bucket.sides.index(s)
+                bucket.grads[i] = scaled_rows(bucket.grads[i], Q, s.rank_dim - 1)
+        for bucket in new:
+            bucket.plan.load(bucket.grads)
         self._entered.update(new)
-
-    def _update(self, stacks: Sequence[Stack], found_inf: dict[torch.device, Tensor]) -> None:
-        """Run the slabs, a device at a time."""
-        for device in {stack.device for stack in stacks}:
-            slabs = [self._slab(stack) for stack in stacks if stack.device == device]
-            self._ops("row_update", slabs, found_inf[device])
-        for stack in stacks:
-            stack.state["skipped"].add_(found_inf[stack.device])
-            stack.release_grads()
-
-    def _slab(self, stack: Stack) -> RowSlab:
-        """Return this stack as `row_update` takes it; views of parameters and moments are kept between steps."""
-        s, hyper = stack.state, stack.hyper
-        addresses = [side.param.data_ptr() for side in stack.sides]
-        slab, known = self._slabs.get(stack, (None, []))
-        if slab is None or known != addresses:
-            first = stack.sides[0]
-            params = list(s["full"].unbind()) if "full" in s else stack.matrices
-            rates = self._nests[first.pair].row_rates(first.name)
-            slab = RowSlab(params, [], s["exp_avg"], s["exp_avg_sq"], s["step"], stack.rank_dim, rates, hyper)
-            self._slabs[stack] = slab, addresses
-        slab.hyper = hyper
-        slab.grads = [side.matrix(given(side.grad)) for side in stack.sides]
-        if "full" in s:  # ∂L/∂A = Q ∂L/∂Ã
-            Q = [self._nests[side.pair].rates for side in stack.sides]
-            slab.grads = [scaled_rows(grad, q, stack.rank_dim - 1) for grad, q in zip(slab.grads, Q, strict=True)]
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            slab.grads = [grad.div(scale.to(grad.device)) for grad in slab.grads]
-        return slab
 
     def _draw(self) -> None:
         """Draw the next ρ, if any group samples, and give the modules that rank of A."""
-        sampling = [g for g in self.param_groups if g["nesting"] == "dylora"]
-        if not sampling:
+        if not any(g["nesting"] == "dylora" for g in self.param_groups):
             return
-        u = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        for g in sampling:
-            g["draw"] = u
-        for stack in self._stacks:
-            if "full" not in stack.state or not (stack in self._entered or stack.state["step"] > 0):
+        self._drawn = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        for bucket in self._buckets:
+            if bucket not in self._entered and not bucket.state["step"] > 0:
                 continue
-            for side, full in zip(stack.sides, stack.state["full"], strict=True):
-                nest = self._nests[side.pair]
-                nest.draw(u)
-                side.matrix(side.param).copy_(scaled_rows(full, nest.rates, stack.rank_dim - 1))
+            for block in bucket.blocks:
+                for side, full in zip(block.sides, block.wide.get("full", ()), strict=False):
+                    nest = self._nests[side.pair]
+                    nest.draw(self._drawn)
+                    side.matrix(side.param).copy_(scaled_rows(full, nest.rates, block.rank_dim - 1))
 
     # ------------------------------------------------------------------ one rank
 
@@ -237,63 +234,66 @@ class MatryoshkaScaledAdam(RankSpaceOptimizer):
         return nests.diagnose(self, self._nests)
 
     def release(self) -> None:
-        """Let another optimizer of this class have the adapters; this one is not to be used any more."""
-        self._live.discard(self)
+        """Do nothing; optimizers of this class no longer claim their adapters."""
 
     # ------------------------------------------------------------------ plumbing
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; the first group has DyLoRA's generator."""
-        saved = super().state_dict()
-        if any(g["nesting"] == "dylora" for g in self.param_groups):
-            saved["param_groups"][0]["generator"] = self._generator.get_state()
-        return saved
+        """Return torch's state dict; the state of every sampled A has DyLoRA's generator and last draw."""
+        kept = self._generator.get_state(), torch.tensor(torch.nan if self._drawn is None else self._drawn).double()
+        for side in self._sides:
+            if side.param in self.state and "full" in self._wide_state(side):
+                self.state[side.param].update(generator=kept[0], draw=kept[1])
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_generator_state": self._generator.get_state()}
+        return {**super().__getstate__(), "_generator_state": self._generator.get_state(), "_drawn": self._drawn}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._whole = {}
         copied = state.pop("_generator_state", None)
         if copied is not None:
             self._generator = torch.Generator()
-        for saved in (copied, *(g.pop("generator", None) for g in state.get("param_groups", ()))):
-            if saved is not None:
-                self._generator.set_state(saved.cpu())
+            self._generator.set_state(copied)
         super().__setstate__(state)
-        self._live.add(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, and DyLoRA's generator with it; see `PairedOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        kept = next((s for s in self.state.values() if "generator" in s), None)
+        if kept is not None:
+            self._generator.set_state(kept["generator"].cpu())
+            draw = float(kept["draw"])
+            self._drawn = None if draw != draw else draw
+            self._index_pairs()
 
     def _check_group(self, g: dict[str, Any]) -> None:
         super()._check_group(g)
         nests.check_group(g)
 
-    def _check_pairs(self) -> None:
-        nests.check_pairs(self._sides)
-        nests.check_unclaimed(self._sides, [other._sides for other in self._live if other is not self])
-
-    def _index_pairs(self) -> None:
-        super()._index_pairs()
-        self._nests = nests.nests(self._sides)
-        self._sides = [RowSide(s.pair, s.name, s.group, s.param, nest=self._nests[s.pair]) for s in self._sides]
-        self._noted = nests.noted(self.param_groups)
+    def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
+        """Take ranks and scales that were edited; ΔW stays."""
+        super()._check_edit(before, g)
+        check(
+            "nesting",
+            g["nesting"],
+            before["nesting"] == g["nesting"],
+            f"what it was when the optimizer was made, {before['nesting']!r}",
+        )
+        if any(before[key] != g[key] for key in ("ranks", "scale")):
+            self._index_pairs()
 
     def _note_params(self) -> None:
+        nests.check_pairs(self._sides)
+        self._nests = nests.nests(self._sides, self._drawn)
+        for side in self._sides:
+            side.kind = self._nests[side.pair].row_rates(side.name)
         super()._note_params()
-        self._entered: weakref.WeakSet[Stack] = weakref.WeakSet()
-        self._slabs: weakref.WeakKeyDictionary[Stack, tuple[RowSlab, list[int]]] = weakref.WeakKeyDictionary()
+        self._entered: weakref.WeakSet[Bucket] = weakref.WeakSet()
 
-    def _follow_settings(self) -> None:
-        """Take ranks and scales that were edited in the groups."""
-        now = nests.noted(self.param_groups)
-        if now == self._noted:
-            return
-        nests.check_edited(self._noted, now)
-        for g in self.param_groups:
-            self._check_group(g)
-        self._index_pairs()
-        self._check_pairs()
+    def _kind(self, side: Side) -> Any:
+        return self._wide_state(side)
 
-    def _small_state(self, stack: Stack) -> dict[str, Tensor]:
-        if stack.sides[0].name == "B" or stack.group["nesting"] != "dylora":
-            return {}
-        return {"full": torch.zeros_like(stack.matrices[0], memory_format=torch.contiguous_format)}
+    def _wide_state(self, side: Side) -> Sequence[str]:
+        sampled = side.name == "A" and side.group["nesting"] == "dylora"
+        return (*MOMENTS, "full") if sampled else MOMENTS

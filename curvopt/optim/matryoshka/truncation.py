@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from curvopt.lora import LoraPair, export_adapter, find_lora_pairs
 from curvopt.optim.checking import check, is_whole
-from curvopt.optim.matryoshka.nests import Nest, scaled_rows
+from curvopt.optim.matryoshka.nested_ranks import NestedRanks, scaled_rows
 
 
-def resolve(nests: Mapping[LoraPair, Nest], rank: Any, strict: bool) -> dict[LoraPair, int]:
+def resolve(nests: Mapping[LoraPair, NestedRanks], rank: Any, strict: bool) -> dict[LoraPair, int]:
     """Return what ``rank`` means for every pair: itself, or the pair's own largest where that is smaller.
 
     Raises:
@@ -31,7 +31,7 @@ def resolve(nests: Mapping[LoraPair, Nest], rank: Any, strict: bool) -> dict[Lor
 
 @contextmanager
 def truncated(
-    nests: Mapping[LoraPair, Nest],
+    nests: Mapping[LoraPair, NestedRanks],
     state: Mapping[Tensor, Mapping[str, Any]],
     ranks: Mapping[LoraPair, int],
     keep_P: bool,

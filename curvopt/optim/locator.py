@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from curvopt.distributed import is_sharded, world_size
 from curvopt.lora import find_lora_pairs
-from curvopt.optim.stacks import Side
 
 
-class Places:
+class ParameterLocator:
     """The module and attribute of each parameter in some param groups.
 
     ``fully_shard`` replaces every parameter by a DTensor, ``prepare`` of an engine may do so long after the optimizer
@@ -22,11 +21,13 @@ class Places:
     Args:
         model: the module to look in; None: nothing can be found again.
         groups: the param groups.
+        whole: the groups are meant to hold all that trains in the model.
     """
 
-    def __init__(self, model: nn.Module | None, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, model: nn.Module | None, groups: list[dict[str, Any]], whole: bool = False) -> None:
         mine = {p for g in groups for p in g["params"]}
         self._model = model
+        self._outside = [(n, p) for n, p in model.named_parameters() if p not in mine] if model and whole else []
         self._at: dict[Tensor, tuple[nn.Module, str]] = {}
         for module in model.modules() if model is not None else ():
             for name, p in module._parameters.items():
@@ -40,11 +41,11 @@ class Places:
 
         Those with gradients are where they were: asking for one of them all is enough to see a model replaced whole.
         """
-        return (self._first is not None and self._now(self._first) is not self._first) or any(
-            self._now(p) is not p for p in idle
+        return (self._first is not None and self.now_at(self._first) is not self._first) or any(
+            self.now_at(p) is not p for p in idle
         )
 
-    def adopt(self, groups: list[dict[str, Any]], state: dict[Tensor, Any], sides: Sequence[Side]) -> bool:
+    def adopt(self, groups: list[dict[str, Any]], state: dict[Tensor, Any], sides: Sequence[Any]) -> bool:
         """Put what stands in the model now into the groups, in place of what stood there; its state goes with it.
 
         A parameter of another shape (PEFT made the adapter anew) starts without state. Zero gradients go along too:
@@ -57,7 +58,7 @@ class Places:
         mine = {p for g in groups for p in g["params"]}
         for g in groups:
             for i, p in enumerate(g["params"]):
-                now = self._now(p)
+                now = self.now_at(p)
                 if now is p or now in mine:
                     continue
                 g["params"][i] = now
@@ -72,19 +73,34 @@ class Places:
             side.param = side.pair.A if side.name == "A" else side.pair.B
         return all(side.param in mine for side in sides)
 
-    def look_after(self, grads: Sequence[Tensor | None]) -> None:
-        """Warn, once, if no gradient is there and none will ever be found: the parameters may have been replaced."""
-        if self._model is not None or self._warned or any(g is not None for g in grads) or world_size() == 1:
-            return
-        self._warned = True
-        warnings.warn(
-            "no parameter has a gradient. If fully_shard came after the optimizer it has replaced them all: pass the "
-            "model instead of its parameters, or make the optimizer afterwards",
-            UserWarning,
-            stacklevel=5,
-        )
+    def look_after(self, any_gradient: bool, changed: bool) -> None:
+        """Warn, once, of gradients that train nothing.
 
-    def _now(self, p: Tensor) -> Tensor:
+        Args:
+            any_gradient: whether a parameter of the groups has a gradient.
+            changed: whether other parameters have gradients than at the step before: only then are those outside of
+                the groups looked at.
+        """
+        if self._warned:
+            return
+        outside = [n for n, p in self._outside if p.grad is not None] if changed else []
+        if outside:
+            self._warn(
+                f"{len(outside)} parameters have gradients but are in no param group, so they do not train "
+                f"({', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}): they were frozen when the optimizer "
+                "was made. Add them with add_param_group, or make the optimizer after unfreezing"
+            )
+        elif self._model is None and not any_gradient and world_size() > 1:
+            self._warn(
+                "no parameter has a gradient. If fully_shard came after the optimizer it has replaced them all: pass "
+                "the model instead of its parameters, or make the optimizer afterwards"
+            )
+
+    def _warn(self, text: str) -> None:
+        self._warned = True
+        warnings.warn(text, UserWarning, stacklevel=6)
+
+    def now_at(self, p: Tensor) -> Tensor:
         """Return the parameter that stands where ``p`` stood; ``p`` if none does, or while FSDP2 has it unsharded."""
         at = self._at.get(p)
         now = None if at is None else at[0]._parameters.get(at[1])
@@ -114,14 +130,41 @@ def _placed_like(p: Tensor, value: Tensor) -> Tensor:
 def trainable(model: nn.Module, adapter: str | None) -> list[Tensor]:
     """Return what to optimize in a module: the chosen pairs' parameters, and all else that requires a gradient.
 
-    Pairs are included even while frozen, so that switching adapters later needs no new optimizer.
+    Pairs are included even while frozen, with all else that their adapters train (DoRA's magnitudes, saved modules,
+    biases), so that switching adapters later needs no new optimizer.
     """
     chosen = {p for pair in find_lora_pairs(model, adapter) for p in (pair.A, pair.B)}
     others = {p for pair in find_lora_pairs(model) for p in (pair.A, pair.B)} - chosen
+    chosen |= _resting(model, adapter)
     params = [p for p in model.parameters() if p in chosen or (p.requires_grad and p not in others)]
     if not params:
         raise ValueError(f"params must be a module with trainable parameters, got 'a {type(model).__name__}'")
     return params
+
+
+def _resting(model: nn.Module, adapter: str | None) -> set[Tensor]:
+    """Return what PEFT's adapters train besides A and B, active now or not; of all adapters if ``adapter`` is None."""
+    found: set[Tensor] = set()
+    configs = getattr(model, "peft_config", None)
+    for module in model.modules() if isinstance(configs, dict) else ():
+        kept = vars(module)["_modules"].get("modules_to_save")
+        held = [kept] if isinstance(kept, nn.ModuleDict) else []
+        names = getattr(type(module), "adapter_layer_names", ())
+        held += [getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)]
+        for container in held:
+            for name, p in container.named_parameters():
+                if adapter is None or name.partition(".")[0] == adapter:
+                    found.add(p)
+        if not names:
+            continue
+        biases = {getattr(c, "bias", "none") for key, c in configs.items() if adapter in (None, key)}
+        bias = getattr(module, "bias", None)
+        if biases & {"all", "lora_only"} and isinstance(bias, Tensor):
+            found.add(bias)
+    for key, config in configs.items() if isinstance(configs, dict) else ():
+        if getattr(config, "bias", "none") == "all" and adapter in (None, key):
+            found |= {p for name, p in model.named_parameters() if name.endswith("bias")}
+    return found
 
 
 def describe_names(groups: list[dict[str, Any]]) -> str:

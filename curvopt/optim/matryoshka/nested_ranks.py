@@ -1,7 +1,7 @@
 """What nested ranks mean for one pair: its own ranks and P, and what of the settings is refused."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,15 @@ from curvopt.functional.nested import (
     sampled_rank,
 )
 from curvopt.lora import LoraPair
-from curvopt.optim.base import RankSpaceOptimizer
+from curvopt.optim.base import PairedOptimizer, Side
 from curvopt.optim.checking import check, is_whole
-from curvopt.optim.stacks import Side
 
 NESTINGS = ("matryoshka", "dylora", "lora")
 SHARED = ("ranks", "scale", "nesting")  # what the groups that hold a pair's A and B must agree on
 
 
 @dataclass(eq=False)
-class Nest:
+class NestedRanks:
     """The nested ranks of one pair, under the settings of its group.
 
     Attributes:
@@ -87,30 +86,15 @@ class Nest:
         return None if name == "B" or self.sampled else self.rates
 
 
-@dataclass(eq=False)
-class RowSide(Side):
-    """A side that stacks only with sides of equal rates.
-
-    Attributes:
-        nest: that of its pair.
-    """
-
-    nest: Nest | None = None
-
-    def key(self) -> tuple[Any, ...]:
-        """Return what sides must share to be stacked."""
-        return (*super().key(), self.nest.row_rates(self.name) if self.nest is not None else None)
-
-
-def nests(sides: Sequence[Side]) -> dict[LoraPair, Nest]:
-    """Return the nest of every pair, at the rank that its group has drawn."""
-    made: dict[LoraPair, Nest] = {}
+def nests(sides: Sequence[Side], draw: float | None) -> dict[LoraPair, NestedRanks]:
+    """Return the nested ranks of every pair, at the rank that was drawn last by the uniform number ``draw``."""
+    made: dict[LoraPair, NestedRanks] = {}
     for s in sides:
         if s.pair not in made:
             ranks = own_ranks(s.group, s.pair.rank)
-            nest = made[s.pair] = Nest(s.pair, s.group, ranks, s.pair.scaling)
-            if nest.sampled and s.group["draw"] is not None and ranks:
-                nest.draw(s.group["draw"])
+            nest = made[s.pair] = NestedRanks(s.pair, s.group, ranks, s.pair.scaling)
+            if nest.sampled and draw is not None and ranks:
+                nest.draw(draw)
     return made
 
 
@@ -119,11 +103,6 @@ def own_ranks(g: dict[str, Any], r: int) -> tuple[int, ...]:
     if g["nesting"] == "lora":
         return (r,)
     return powers_of_two(r) if g["ranks"] is None else tuple(k for k in g["ranks"] if k <= r)
-
-
-def noted(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return the settings that nests are made of, by group."""
-    return [(None if g["ranks"] is None else tuple(g["ranks"]), g["scale"], g["nesting"]) for g in groups]
 
 
 def check_group(g: dict[str, Any]) -> None:
@@ -154,52 +133,18 @@ def check_pairs(sides: Sequence[Side]) -> None:
         check("ranks", g["ranks"], fits, f"at most {most}, the largest rank of a pair")
 
 
-def check_unclaimed(sides: Sequence[Side], others: Iterable[Sequence[Side]]) -> None:
-    """Raise a ValueError if one of ``others``, sides of living optimizers, has a parameter of ``sides``."""
-    mine = {id(s.param): s.pair.name for s in sides}
-    taken = [mine[id(s.param)] for other in others for s in other if id(s.param) in mine]
-    if taken:
-        raise ValueError(
-            f"params must be of no other MatryoshkaScaledAdam, lest A be scaled twice, but {taken[0]!r} is of one that "
-            "is alive: delete it, or call its release()"
-        )
-
-
-def check_edited(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> None:
-    """Raise a ValueError if a group's nesting is not what it was."""
-    for old, new in zip(before, now, strict=True):
-        check("nesting", new[-1], old[-1] == new[-1], f"what it was when the optimizer was made, {old[-1]!r}")
-
-
-def diagnose(optimizer: RankSpaceOptimizer, nests: Mapping[LoraPair, Nest]) -> dict[str, Any]:
+def diagnose(optimizer: PairedOptimizer, nests: Mapping[LoraPair, NestedRanks]) -> dict[str, Any]:
     """Return what there is to say of an optimizer and its pairs; reads the device."""
     skipped = [float(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
     return {
         "skipped_updates": int(max(skipped, default=0)),
-        "backend": optimizer._ops.backend,
-        "fallbacks": sorted(optimizer._ops.fallbacks),
+        "backend": optimizer.ops.backend,
+        "fallbacks": sorted(optimizer.ops.fallbacks),
         "pairs": {
             pair.name: {"rank": pair.rank, "ranks": nest.ranks, "P": nest.P, "scaling": nest.scaling}
             for pair, nest in nests.items()
         },
     }
-
-
-def given(grad: Tensor | None) -> Tensor:
-    """Return the gradient of a live side."""
-    if grad is None:
-        raise RuntimeError("a stack has gradients for all of its sides or for none")
-    return grad
-
-
-def trace(grads: Sequence[Tensor | None]) -> Tensor:
-    """Return one number for each gradient, finite only if all of the gradient is, and in one read of it."""
-    found = [given(g) for g in grads]
-    if found[0].is_cuda:
-        return torch.stack(torch._foreach_norm(found, float("inf")))
-    if found[0].dtype in (torch.float16, torch.bfloat16):
-        return torch.stack([g.sum(dtype=torch.float32) for g in found])
-    return torch.stack([g.sum() for g in found])
 
 
 def scaled_rows(X: Tensor, factors: Sequence[float], dim: int) -> Tensor:

@@ -8,15 +8,15 @@ from torch import Tensor
 from curvopt.functional.basis import balanced
 from curvopt.functional.inverse import broken, empty, normalised
 from curvopt.functional.ranks import entropy_rank
+from curvopt.functional.update import RULES
 from curvopt.lora import LoraPair, find_skipped
-from curvopt.optim.base import RankSpaceOptimizer
-from curvopt.optim.grit.matrices import MATRICES
-from curvopt.optim.grit.statistics import source
-from curvopt.optim.grit.traffic import bytes_sent
-from curvopt.optim.stacks import Side
+from curvopt.optim.base import PairedOptimizer, Side
+from curvopt.optim.bucket import BucketedOptimizer
+from curvopt.optim.grit.communication import bytes_sent
+from curvopt.optim.grit.curvature import source_of
 
 
-def live_rank(optimizer: RankSpaceOptimizer, pair: LoraPair) -> int:
+def live_rank(optimizer: PairedOptimizer, pair: LoraPair) -> int:
     """Return the live rank of a pair: that of its tensors until a mask is set."""
     for p in (pair.A, pair.B):
         if "rank" in optimizer.state.get(p, {}):
@@ -24,7 +24,7 @@ def live_rank(optimizer: RankSpaceOptimizer, pair: LoraPair) -> int:
     return pair.rank
 
 
-def diagnose(optimizer: RankSpaceOptimizer) -> dict[str, Any]:
+def diagnose(optimizer: BucketedOptimizer) -> dict[str, Any]:
     """Return a report of plain numbers, strings, lists and dicts. Reads the device.
 
     Keys: ``steps`` (calls of ``step``), ``skipped_updates`` (of those, how many changed nothing), ``backend``,
@@ -40,19 +40,17 @@ def diagnose(optimizer: RankSpaceOptimizer) -> dict[str, Any]:
       the gradient (where a basis is used, of Ŝ, whose it is) — 0 means the curvature does nothing, and ``failed``.
     """
     by_pair: dict[LoraPair, list[Side]] = {}
-    for side in optimizer._sides:
+    for side in optimizer.sides:
         by_pair.setdefault(side.pair, []).append(side)
     skipped = [float(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
-    known = {
-        pair: [s for s in sides if "factor" in optimizer.state.get(s.param, {})] for pair, sides in by_pair.items()
-    }
+    known = {pair: [s for s in sides if "rank" in optimizer.state.get(s.param, {})] for pair, sides in by_pair.items()}
     silent = [p.name for p, s in known.items() if s and p.signal is not None and _unseen(optimizer, s)]
-    model = optimizer._model
+    model = optimizer.model
     return {
-        "steps": max((g["clock"] for g in optimizer.param_groups), default=0),
+        "steps": steps_of(optimizer),
         "skipped_updates": int(max(skipped, default=0)),
-        "backend": optimizer._ops.backend,
-        "fallbacks": sorted(optimizer._ops.fallbacks),
+        "backend": optimizer.ops.backend,
+        "fallbacks": sorted(optimizer.ops.fallbacks),
         "silent": silent,
         "idle": [p.name for p, sides in known.items() if not sides],
         "bytes_sent": bytes_sent(optimizer),
@@ -61,20 +59,27 @@ def diagnose(optimizer: RankSpaceOptimizer) -> dict[str, Any]:
     }
 
 
-def _unseen(optimizer: RankSpaceOptimizer, sides: list[Side]) -> bool:
-    wanted = sides[0].group["statistics"] == "activation"
+def _unseen(optimizer: PairedOptimizer, sides: list[Side]) -> bool:
+    wanted = source_of(sides[0]).hooks
     return wanted and all(float(optimizer.state[s.param]["observed"]) == 0 for s in sides)
 
 
-def _pair(optimizer: RankSpaceOptimizer, pair: LoraPair, sides: list[Side]) -> dict[str, Any]:
+def steps_of(optimizer: PairedOptimizer) -> int:
+    """Return the steps that any side has had a gradient in."""
+    return int(max((float(s["cadence"][0]) for s in optimizer.state.values() if "cadence" in s), default=0))
+
+
+def _pair(optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side]) -> dict[str, Any]:
     states = {s.name: optimizer.state[s.param] for s in sides}
     out: dict[str, Any] = {"rank": live_rank(optimizer, pair), "full_rank": pair.rank, "note": pair.note}
     if not sides:
         return out
     group = sides[0].group
-    out["statistics"] = source(sides[0])
-    out["rows"] = max(float(s["rows"]) for s in states.values())
+    out["statistics"] = source_of(sides[0]).name
     out["kept"] = [int(s["kept"]) for s in states.values() if "kept" in s][:1]
+    if source_of(sides[0]).observe is None:
+        return out
+    out["rows"] = max(float(s["rows"]) for s in states.values())
     k = torch.tensor([out["rank"]])
     for side in sides:
         out[side.name] = _factor(states[side.name]["factor"].cpu()[None], float(group["damping"]), k, group["update"])
@@ -94,6 +99,6 @@ def _factor(S: Tensor, damping: float, k: Tensor, rule: str) -> dict[str, Any]:
     n = int(k)
     values = torch.linalg.eigvalsh(normalised(S, k)[0][0, :n, :n]).clamp(min=0)
     damped = values + damping
-    acting = {"basis": values, "root": damped.rsqrt(), "inverse": 1 / damped}[MATRICES[rule][1]]
+    acting = RULES[rule].acting(values, damped)
     distance = (acting - acting.mean()).norm() / acting.norm()
     return {"condition": float(damped[-1] / damped[0]), "scalar_distance": float(distance), "failed": False}

@@ -1,0 +1,152 @@
+"""A signal belongs to a gradient: what is observed is what stands in ``.grad``, and goes when that is dropped."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from situations_kit import X, build, factor, loss, steps
+
+from curvopt import GritKFAC
+from curvopt.lora import Capture, find_lora_pairs
+
+DROPS = {
+    "model.zero_grad": lambda model, optimizer: model.zero_grad(),
+    "in place": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "optimizer.zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "by hand": lambda model, optimizer: [setattr(p, "grad", None) for p in model.parameters()],
+}
+
+
+def started():
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2)
+    steps(model, optimizer, 3)
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("drop", DROPS)
+def test_a_dropped_batch_leaves_no_trace(drop):
+    """An out-of-memory retry, SAM's first pass, a diagnostic backward: however the gradients were dropped."""
+    found = []
+    for spoilt in (True, False):
+        model, optimizer = started()
+        if spoilt:
+            (1e4 * loss(model)).backward()
+            DROPS[drop](model, optimizer)
+        loss(model).backward()
+        optimizer.step()
+        found.append(factor(optimizer).clone())
+    assert torch.equal(*found)
+
+
+def test_a_batch_that_was_kept_leaves_one():
+    """The negative control: the same batch, not dropped, is in the sums."""
+    model, optimizer = started()
+    (1e4 * loss(model)).backward()
+    loss(model).backward()
+    optimizer.step()
+    other = started()
+    loss(other[0]).backward()
+    other[1].step()
+    assert factor(optimizer).trace() > 1e3 * factor(other[1]).trace()
+
+
+def summed(backwards):
+    model = build()
+    pairs = find_lora_pairs(model)
+    capture = Capture(pairs)
+    capture.attach()
+    backwards(model)
+    return capture.pop()
+
+
+def test_several_backward_passes_over_one_graph_are_the_backward_of_their_sum():
+    """With cross terms, and every row counted once."""
+
+    def one(model):
+        y = model(X)
+        (y.square().mean() + y.exp().mean()).backward()
+
+    def two(model):
+        y = model(X)
+        y.square().mean().backward(retain_graph=True)
+        y.exp().mean().backward()
+
+    for a, b in zip(summed(one).values(), summed(two).values(), strict=True):
+        assert a.n == b.n == 32
+        # two orders of summation of some hundred float64 products
+        torch.testing.assert_close(a.both, b.both, rtol=1e-12, atol=1e-15)
+
+
+def test_autograd_grad_counts_nothing():
+    """GradNorm and penalties by norm look at gradients that no parameter gets."""
+
+    def looked_at(model):
+        y = model(X)
+        torch.autograd.grad(y.exp().sum(), [p for p in model.parameters() if p.requires_grad], retain_graph=True)
+        y.square().mean().backward()
+
+    plain = summed(lambda model: model(X).square().mean().backward())
+    for a, b in zip(plain.values(), summed(looked_at).values(), strict=True):
+        assert torch.equal(a.both, b.both) and a.n == b.n
+
+
+def test_a_differentiated_gradient_is_warned_of():
+    """A force loss: part of ∇A does not come through u."""
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2)
+    x = X.clone().requires_grad_()
+    with pytest.warns(UserWarning, match=r'create_graph=True.*statistics="gradient"'):
+        (forces,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    forces.square().mean().backward()
+    optimizer.step()
+
+
+def test_no_rows_are_no_observation():
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2)
+    steps(model, optimizer)
+    before = factor(optimizer).clone(), factor(optimizer, side="B").clone()
+    optimizer.zero_grad()
+    (model(X[:0]).sum() + sum((p**2).sum() for p in model.parameters() if p.requires_grad)).backward()
+    optimizer.step()
+    assert torch.equal(factor(optimizer), before[0]) and torch.equal(factor(optimizer, side="B"), before[1])
+    assert optimizer.state[optimizer.pairs[0].A]["observed"] == 1
+    optimizer.zero_grad()
+    optimizer.mask_rows(torch.zeros(32))
+    loss(model).backward()
+    optimizer.step()
+    assert torch.equal(factor(optimizer), before[0])
+
+
+def test_hooks_of_optimizers_that_are_gone_are_gone():
+    model = build()
+    for _ in range(3):
+        optimizer = GritKFAC(model, lr=1e-2)
+    gc.collect()
+    A = optimizer.pairs[0].module.lora_A["default"]
+    assert len(A._forward_hooks) == 1 and len(A.weight._post_accumulate_grad_hooks) == 1
+
+
+def test_zero_gradients_of_an_idle_adapter_are_no_silence():
+    """Wrappers give zeros to parameters that took no part."""
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            optimizer.step()
+
+
+def test_a_fused_forward_is_told_of():
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2)
+    with pytest.warns(UserWarning, match="2 pairs received gradients but their activations were never seen"):
+        for _ in range(4):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            optimizer.step()

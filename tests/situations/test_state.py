@@ -1,0 +1,116 @@
+"""State that is taken away, adapters that change places, steps that are skipped."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from situations_kit import X, build, factor, loss, steps, weights
+
+from curvopt import GritKFAC, MatryoshkaScaledAdam
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+@pytest.mark.parametrize("how", ["deleted", "emptied"])
+def test_a_parameter_whose_state_was_taken_starts_anew(which, how):
+    """As in AdamW, and as ReLoRA's resets want it; the others go on."""
+    model, twin = build(), build()
+    optimizer, other = (GritKFAC(m, lr=1e-2, update="adam", warmup_steps=10**6) for m in (model, twin))
+    adamw = torch.optim.AdamW([s.param for s in other.sides], lr=1e-2, weight_decay=0.0, fused=True)
+    steps(model, optimizer, 3)
+    steps(twin, adamw, 3)
+    for o, p in ((optimizer, optimizer.sides[which].param), (adamw, other.sides[which].param)):
+        if how == "deleted":
+            del o.state[p]
+        else:
+            o.state[p] = {}
+    steps(model, optimizer, 2)
+    steps(twin, adamw, 2)
+    for a, b in zip(optimizer.sides, other.sides, strict=True):
+        assert torch.equal(a.param, b.param), a.name
+        assert optimizer.state[a.param]["step"] == adamw.state[b.param]["step"]
+    assert len(optimizer.state_dict()["state"]) == 4
+
+
+@pytest.mark.parametrize("extra", [{"use_dora": True}, {"modules_to_save": ["4"]}, {"bias": "lora_only"}], ids=str)
+def test_all_parts_of_a_resting_adapter_train_once_it_is_active(extra):
+    """Magnitudes, saved modules and biases too, as ``AdamW(model.parameters())`` trains them."""
+    model = build(**extra)
+    second = {} if "bias" in extra else extra  # PEFT takes one adapter with biases
+    model.add_adapter("second", LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], **second))
+    model.double()
+    model.set_adapter("second")
+    optimizer = GritKFAC(model, lr=1e-2, statistics="gradient")
+    steps(model, optimizer)
+    model.set_adapter("default")
+    before = weights(model)
+    steps(model, optimizer, 2)
+    active = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any("magnitude" in n or "modules_to_save" in n or n.endswith("bias") for n in active)
+    for name, p in model.named_parameters():
+        moved = not torch.equal(p, before[name])
+        assert moved == (p.grad is not None and bool(p.grad.any())), name
+    assert all(not torch.equal(model.get_parameter(n), before[n]) for n in active)
+
+
+def test_a_parameter_unfrozen_later_is_told_of():
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2)
+    steps(model, optimizer)
+    head = model.base_model.model[4]
+    head.weight.requires_grad_()
+    for p in optimizer.pairs[1].A, optimizer.pairs[1].B:
+        p.requires_grad_(False)  # whatever changes which parameters have gradients is a reason to look
+    with pytest.warns(UserWarning, match=r"1 parameters have gradients but are in no param group.*4\.weight"):
+        steps(model, optimizer)
+
+
+@pytest.mark.parametrize("skipped", [1, 10, 11])
+def test_what_a_skipped_step_should_have_done_stays_due(skipped):
+    """Observation and matrices are not put off by a whole period."""
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2, update="eigen", factor_every=10, inverse_every=10)
+    observed, bases = [], []
+    for i in range(1, 14):
+        optimizer.zero_grad()
+        loss(model).backward()
+        if i == skipped:
+            optimizer.pairs[0].A.grad.fill_(torch.nan)
+        optimizer.step()
+        state = optimizer.state[optimizer.pairs[0].A]
+        observed.append(int(state["observed"]))
+        bases.append(state["basis"].clone())
+    due = [1, 11] if skipped == 10 else [2, 11] if skipped == 1 else [1, 12]
+    assert [i + 1 for i in range(13) if observed[i] > ([0, *observed][i])] == due
+    assert [i + 1 for i in range(1, 13) if not torch.equal(bases[i], bases[i - 1])] == [i for i in due if i > 1]
+    assert int(optimizer.state[optimizer.pairs[0].A]["cadence"][0]) == 13
+
+
+def test_what_is_due_survives_a_save():
+    model = build()
+    optimizer = GritKFAC(model, lr=1e-2, factor_every=10)
+    loss(model).backward()
+    optimizer.pairs[0].A.grad.fill_(torch.nan)
+    optimizer.step()
+    other = GritKFAC(model, lr=1e-2, factor_every=10)
+    other.load_state_dict(optimizer.state_dict())
+    assert factor(optimizer).trace() == 0
+    steps(model, other)
+    assert factor(other).trace() > 0
+
+
+def test_the_sampled_rank_survives_without_group_settings():
+    """torch's own flattening keeps what is in ``state``; settings of groups may be the user's to give."""
+    ends = []
+    for resumed in (False, True):
+        model = build(0.0)
+        optimizer = MatryoshkaScaledAdam(model, lr=1e-2, nesting="dylora")
+        steps(model, optimizer, 3)
+        if resumed:
+            saved = optimizer.state_dict()
+            optimizer = MatryoshkaScaledAdam(model, lr=1e-2, nesting="dylora")
+            own = optimizer.state_dict()["param_groups"]
+            assert all("generator" not in g and "draw" not in g for g in saved["param_groups"])
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+        steps(model, optimizer, 3)
+        ends.append(weights(model))
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+    assert X.shape == (32, 8)
