@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.functional import inverse, moments, nested, truncate, update
+from curvopt.functional import inverse, moments, nested, update
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "gram": moments.gram,
     "gram_many": moments.gram_many,
+    "gram_add_": moments.gram_add_,
     "ema_": moments.ema_,
     "damped_inverse": inverse.damped_inverse,
     "damped_inverse_root": inverse.damped_inverse_root,
@@ -27,8 +28,6 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "adam_update": update.adam_update,
     "whiten_update": update.whiten_update,
     "momentum_update": update.momentum_update,
-    "truncate_": truncate.truncate_,
-    "scale_rows_": truncate.scale_rows_,
     "row_update": nested.row_update,
 }
 
@@ -94,10 +93,7 @@ def _agrees(name: str, args: Sequence[Any]) -> bool:
     """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does."""
     first = args[0] if isinstance(args[0], Tensor) else args[0][0]
     sample = _sample(first)
-    if name in ("truncate_", "scale_rows_"):
-        r = sample.shape[args[2]]
-    else:
-        r = sample.shape[-1 if isinstance(first, Tensor) else first.rank_dim]
+    r = sample.shape[-1 if isinstance(first, Tensor) else first.rank_dim]
     selfcheck = importlib.import_module("curvopt.kernels.selfcheck")
     return bool(selfcheck.agrees(name, REFERENCE[name], r, sample.dtype, sample.device))
 

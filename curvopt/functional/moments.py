@@ -39,6 +39,32 @@ def gram_many(
     return G if scale is None else G * scale.to(G.dtype)[:, None, None]
 
 
+def gram_add_(
+    sums: Tensor,
+    index: Sequence[int],
+    zs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    sign: float = 1.0,
+) -> Tensor:
+    """Do sums[index[m]] += sign · Σ_n w_n z_n z_nᵀ for M matrices, in place.
+
+    Args:
+        sums: ``[S, r, r]`` in the compute dtype of the rows.
+        index: M distinct places in ``sums``.
+        zs: M matrices ``(N_m, r)`` of one dtype.
+        weights: M vectors ``(N_m,)`` of the rows' weights, or None for ones.
+        sign: what every product is multiplied with.
+
+    Returns:
+        ``sums``.
+    """
+    for m, (place, z) in enumerate(zip(index, zs, strict=True)):
+        z = z.to(sums.dtype)
+        y = z if weights is None else z * weights[m].to(z.dtype)[:, None]
+        sums[place].addmm_(y.mT, z, alpha=sign)
+    return sums
+
+
 def ema_weight(t: Tensor, decay: float) -> Tensor:
     """Return the weight w_t of the newest of ``t`` observations in a bias-corrected exponential average.
 
