@@ -19,7 +19,7 @@ from curvopt.functional import inverse, moments, nested
 from curvopt.functional.plan import ReferencePlan
 from curvopt.functional.update import RULES
 
-UPDATES: dict[str, Callable[..., Any]] = {**RULES, "rows": nested.row_update}
+UPDATES: dict[str, Callable[..., Any]] = {**RULES, "row": nested.row_update}
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "gram": moments.gram,
@@ -39,7 +39,7 @@ BACKENDS = ("auto", "torch", "triton")
 class Plan(Protocol):
     """What a bucket's step is made of; see `functional.plan.ReferencePlan` for the meaning of each."""
 
-    def load(self, grads: Sequence[Tensor]) -> None: ...  # noqa: D102
+    def load(self, grads: Sequence[Tensor]) -> bool: ...  # noqa: D102
     def nonfinite_(self, flag: Tensor) -> None: ...  # noqa: D102
     def grams(self, of: str) -> Tensor: ...  # noqa: D102
     def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None: ...  # noqa: D102
@@ -73,7 +73,7 @@ class Ops:
         if not self._on_kernels(sample):
             return REFERENCE[name](*args, **kwargs)
         rank = sample.shape[-1] if isinstance(first, Tensor) else sample.shape[first.rank_dim]
-        if _kernels().supports(name, *args, **kwargs) and self._trusts(name, rank, sample):
+        if _kernels().supports(name, *args, **kwargs) and self.trusts(name, rank, sample):
             return _kernels().OPS[name](*args, **kwargs)
         self.fallbacks.add(name)
         return REFERENCE[name](*args, **kwargs)
@@ -82,28 +82,33 @@ class Ops:
         """Return what runs ``rule`` on a bucket's slabs, for as long as parameters and state stay where they are.
 
         Args:
-            rule: a key of `RULES`, or ``"rows"``.
+            rule: a key of `RULES`, or ``"row"``.
             slabs: matrices of one rank and dtype that share ``step`` and ``hyper``.
         """
         sample = slabs[0].exp_avg
         if self._on_kernels(sample):
-            name = "row_update" if rule == "rows" else f"{rule}_update"
+            name = f"{rule}_update"
             rank = sample.shape[slabs[0].rank_dim]
-            if _kernels().plan_supports(rule, slabs) and self._trusts(name, rank, sample):
+            if _kernels().plan_supports(rule, slabs) and self.trusts(name, rank, sample):
                 made: Plan = _kernels().UpdatePlan(rule, slabs)
                 return made
             self.fallbacks.add(name)
         return ReferencePlan(UPDATES[rule], slabs)
 
     def _on_kernels(self, sample: Tensor) -> bool:
-        return self.backend != "torch" and sample.is_cuda and bool(_kernels().OPS)
+        return self.backend != "torch" and on_device(sample) and bool(_kernels().OPS)
 
-    def _trusts(self, name: str, rank: int, sample: Tensor) -> bool:
+    def trusts(self, name: str, rank: int, sample: Tensor) -> bool:
         """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does."""
         if self.backend == "triton":
             return True
         selfcheck = importlib.import_module("curvopt.kernels.selfcheck")
         return bool(selfcheck.agrees(name, REFERENCE[name], rank, sample.dtype, sample.device))
+
+
+def on_device(sample: Tensor) -> bool:
+    """Return whether a tensor is where kernels run."""
+    return sample.is_cuda
 
 
 def _kernels() -> Any:

@@ -2,15 +2,17 @@
 
 ``OPS`` maps the names of ops to kernels of the same signature as the torch reference in ``curvopt.functional``; it is
 empty where triton is not installed, and triton is imported when it is first asked for. A kernel takes only what
-`supports` grants; everything else is the reference's.
+`supports` grants; everything else is the reference's. An optimizer makes an `UpdatePlan` (``kernels.UpdatePlan``) of
+each bucket for which `plan_supports` is true, and keeps it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 OPS: dict[str, Callable[..., Any]]
+UpdatePlan: Any
 
 
 @lru_cache(maxsize=1)
@@ -18,27 +20,25 @@ def _loaded() -> dict[str, tuple[Callable[..., Any], Callable[..., bool]]]:
     """Return every op with the predicate of its arguments."""
     if find_spec("triton") is None:
         return {}
-    from . import eigen, inverse, moments, truncate, update
+    from . import eigen, inverse, moments, root, update
 
     return {
         "gram": (moments.gram, moments.supports_gram),
         "gram_many": (moments.gram_many, moments.supports_gram_many),
+        "gram_add_": (moments.gram_add_, moments.supports_gram_add),
         "ema_": (moments.ema_, moments.supports_ema),
         "damped_inverse": (inverse.damped_inverse, inverse.supports),
-        "damped_inverse_root": (inverse.damped_inverse_root, inverse.supports),
+        "damped_inverse_root": (root.damped_inverse_root, root.supports),
         "eigenbasis": (eigen.eigenbasis, eigen.supports),
-        "polar_update": (update.polar_update, update.supports_polar),
-        "eigen_update": (update.eigen_update, update.supports),
-        "adam_update": (update.adam_update, update.supports),
-        "whiten_update": (update.whiten_update, update.supports),
-        "momentum_update": (update.momentum_update, update.supports),
-        "row_update": (update.row_update, update.supports),
-        "truncate_": (truncate.truncate_, truncate.supports_truncate),
-        "scale_rows_": (truncate.scale_rows_, truncate.supports_scale),
+        **update.OPS,
     }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "UpdatePlan" and find_spec("triton") is not None:
+        from .plan import UpdatePlan
+
+        return globals().setdefault("UpdatePlan", UpdatePlan)
     if name != "OPS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault("OPS", {op: kernel for op, (kernel, _) in _loaded().items()})
@@ -51,3 +51,12 @@ def supports(name: str, *args: Any, **kwargs: Any) -> bool:
     outside Triton's interpreter, and ranks not shipped on the device's architecture.
     """
     return name in _loaded() and _loaded()[name][1](*args, **kwargs)
+
+
+def plan_supports(rule: str, slabs: Sequence[Any]) -> bool:
+    """Return whether ``UpdatePlan(rule, slabs)`` takes this bucket; False where triton is not installed."""
+    if find_spec("triton") is None:
+        return False
+    from . import buckets
+
+    return buckets.plan_supports(rule, slabs)

@@ -18,10 +18,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eigen, inverse, launch, moments, polar, truncate, update_tiles
+from . import eigen, inverse, launch, moments, polar, root, update_tiles, whole
 
-F32, I32, I64 = "*fp32", "*i32", "*i64"
-MODES = {"adam": 0, "eigen": 1, "whiten": 2, "momentum": 3, "graft": 4, "rows": 5, "polar": 6}
+F32, I32, I64, NUMBER = "*fp32", "*i32", "*i64", "fp32"
+MODES = {
+    name: getattr(update_tiles, name.upper())
+    for name in ("adam", "eigen", "whiten", "moments", "graft", "rows", "polar")
+}
 TYPE_NAMES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
 
@@ -78,49 +81,69 @@ def cases(target: str) -> Iterator[Case]:
             yield from MAKERS[op](op, rp, config)
 
 
-def _rational(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"S": F32, "k": I64, "previous": F32, "poles": F32, "out": F32, "L": "i32"}
-    for Q in (1, 1 + len(inverse.quadrature(1e-3, rp + 1e-3))):
-        own = {"HAS_K": True, "HAS_PREVIOUS": True, "R": rp, "RP": rp, "G": c.group, "Q": Q}
-        own["IN_MEMORY"] = rp > inverse.REGISTER_RANK and Q > 1
-        yield Case(op, f"r={rp} Q={Q}", inverse._rational, types, own, c, ("L",))
+def _inverse(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"S": F32, "k": I64, "previous": F32, "damping": NUMBER, "out": F32, "L": "i32"}
+    own = {"HAS_K": True, "HAS_PREVIOUS": True, "ON_DEVICE": False, "R": rp, "RP": rp, "G": c.group}
+    yield Case(op, f"r={rp}", inverse._inverse, types, own, c, ("L", "damping"))
+
+
+def _root(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    memory = rp > root.REGISTER_RANK
+    own = {"HAS_K": True, "ON_DEVICE": False, "STAGES": 5, "RP": rp, "BD": c.block if memory else rp}
+    own |= {"PREC": c.precision, "IN_MEMORY": memory}
+    types = {"S": F32, "k": I64, "previous": F32, "coefficients": F32, "damping": NUMBER, "work": F32, "out": F32}
+    for r in (rp, 4) if rp == 16 else (rp,):
+        alone = own | {"HAS_PREVIOUS": True, "R": r}
+        yield Case(op, f"r={r} fp32", root._root, types | {"L": "i32"}, alone, c, ("L", "damping"))
+        polar = own | {"HAS_KNOWN": True, "HAS_M": True, "R": r}
+        given = {"grams": F32, "fixed": I64, "coefficients": F32, "damping": NUMBER, "work": F32, "out": F32}
+        yield Case(op, f"r={r} fp32 equalise", root._equalise, given, polar, c, ("damping",))
 
 
 def _eigenbasis(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     types = {"S": F32, "k": I64, "previous": F32, "work": F32, "out": F32, "values": F32, "L": "i32"}
     own = {"HAS_K": True, "HAS_PREVIOUS": True, "R": rp, "RP": rp, "G": c.group, "SWEEPS": eigen.SWEEPS}
-    own["IN_MEMORY"] = rp > inverse.REGISTER_RANK
+    own["IN_MEMORY"] = rp > eigen.REGISTER_RANK
     yield Case(op, f"r={rp}", eigen._jacobi, types, own, c, ("L",))
 
 
 def _update(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"tiles": I32, "pointers": I64, "meta": I32, "scalars": F32, "partials": F32}
-    variants = [(rule, rp, "fp32", "fp32", "fp32", False) for rule in MODES]
+    types = {"tiles": I32, "fixed": I64, "gradients": I64, "meta": I32, "scalars": F32, "partials": F32}
+    variants = [(rule, rp, "fp32", "fp32", "fp32") for rule in MODES]
     for rule in ("eigen", "polar"):
-        variants += [(rule, rp, "bf16", "fp32", "bf16", True), (rule, 3 * rp // 4, "bf16", "bf16", "bf16", False)]
-    for rule, r, p, g, s, stochastic in variants:
-        own = {"MODE": MODES[rule], "R": r, "RP": rp, "BD": c.block, "NP": 512, "PREC": c.precision, "ALIGN": True}
-        own |= {"PT": TYPE_NAMES[p], "GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s]}
-        own |= {"HAS_M": True, "HAS_K": True, "STOCHASTIC": stochastic}
-        last = {"seed": I64 if stochastic else F32, "steps": "*" + p if rule == "polar" else F32}
-        label = f"{rule} r={r} p={p} g={g} state={s}" + (" stochastic" if stochastic else "")
-        yield Case(op, label, update_tiles._update, types | last, own, c)
+        variants += [(rule, rp, "bf16", "fp32", "bf16"), (rule, 3 * rp // 4, "bf16", "bf16", "bf16")]
+    for rule, r, p, g, s in variants:
+        own = {
+            "MODE": MODES[rule].value,
+            "R": r,
+            "RP": rp,
+            "BD": c.block,
+            "NP": 512,
+            "PREC": c.precision,
+            "ALIGN": True,
+        }
+        own |= {"PT": TYPE_NAMES[p], "GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "HAS_M": True, "HAS_K": True}
+        last = {"steps": "*" + p if rule == "polar" else F32}
+        yield Case(op, f"{rule} r={r} p={p} g={g} state={s}", update_tiles._update, types | last, own, c)
+    for of in ("params", "moments"):
+        own = {"MOMENTS": of == "moments", "R": rp, "RP": rp, "BD": c.block, "XT": tl.float32, "PREC": c.precision}
+        own |= {"HAS_M": True, "HAS_K": True, "ALIGN": True}
+        given = {"tiles": I32, "fixed": I64, "meta": I32, "M": F32, "ranks": I64, "found_inf": F32}
+        yield Case(op, f"transform {of} r={rp} fp32", whole._transform, given, own, c)
 
 
 def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"parts": I32, "pointers": I64, "meta": I32, "scalars": F32, "grams": F32}
+    types = {"parts": I32, "fixed": I64, "gradients": I64, "meta": I32, "scalars": F32}
     variants = (("fp32",) * 4, ("bf16", "fp32", "bf16", "bf16"), ("bf16",) * 4, ("fp16", "fp16", "fp16", "fp32"))
     for n, (p, g, s, u) in enumerate(variants):
         r = rp if n % 2 == 0 else 3 * rp // 4
         own = {"T": c.group, "R": r, "RP": rp, "BD": c.block, "UB": 64, "PREC": c.precision, "ALIGN": True}
         own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_M": True, "HAS_K": True}
-        yield Case(op, f"r={r} p={p} g={g} state={s}", polar._advance, types | {"steps": "*" + u}, own, c)
-
-
-def _compose(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"grams": F32, "roots": F32, "known": "*i8", "pointers": I64, "out": F32}
-    own = {"R": rp, "RP": rp, "BD": c.block, "HAS_KNOWN": True, "PREC": c.precision}
-    yield Case(op, f"r={rp} fp32", polar._compose, types, own, c)
+        yield Case(op, f"r={r} p={p} g={g} state={s}", polar._advance, types | {"steps": "*" + u, "grams": F32}, own, c)
+    own = {"STRIDE": 1, "T": c.group, "R": rp, "RP": rp, "BD": c.block, "PREC": c.precision, "ALIGN": True}
+    for g in ("fp32", "bf16"):
+        given = {"parts": I32, "addresses": I64, "meta": I32, "grams": F32}
+        yield Case(op, f"grams r={rp} {g}", whole._grams, given, own | {"XT": TYPE_NAMES[g]}, c)
 
 
 def _total(op: str, _: int, c: launch.Config) -> Iterator[Case]:
@@ -129,45 +152,47 @@ def _total(op: str, _: int, c: launch.Config) -> Iterator[Case]:
 
 
 def _prepare(op: str, _: int, c: launch.Config) -> Iterator[Case]:
-    types = {"hyper": "*fp64", "lr_at": I64, "step_at": I64, "found_inf": F32, "scalars": F32, "NS": "i32"}
-    yield Case(op, "64 slabs", update_tiles._prepare, types, {"BLOCK": 64}, c, ("NS",))
+    types = {"step": F32, "found_inf": F32, "scalars": F32}
+    numbers = [n for n in update_tiles._prepare.arg_names if n not in types and n != "LR_ON_DEVICE"]
+    for on_device in (False, True):
+        given = types | dict.fromkeys(numbers, NUMBER) | ({"lr": F32} if on_device else {})
+        label = "lr on the device" if on_device else "lr given"
+        yield Case(op, label, update_tiles._prepare, given, {"LR_ON_DEVICE": on_device}, c, tuple(numbers))
 
 
-def _rows(op: str, _: int, c: launch.Config) -> Iterator[Case]:
-    types = {"tiles": I32, "pointers": I64, "meta": I32}
+def _nonfinite(op: str, _: int, c: launch.Config) -> Iterator[Case]:
+    types = {"runs": I32, "gradients": I64, "sizes": I32, "flag": F32}
     for name, dtype in TYPE_NAMES.items():
-        for scale in (False, True):
-            own = {"BLOCK": c.block, "T": dtype, "SCALE": scale, "ALIGN": True}
-            yield Case(op, f"{'scale' if scale else 'truncate'} {name}", truncate._rows, types, own, c)
+        yield Case(op, name, whole._nonfinite, types, {"GT": dtype, "BLOCK": c.block, "ALIGN": True}, c)
 
 
 def _gram(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"pointers": I64, "rows": I64, "weights": I64, "scale": F32, "work": F32, "counters": I32}
-    types |= {"S": F32, "t": I64, "took": "*i8", "trace": F32, "found_inf": F32, "decay": "*fp64"}
+    types = {"jobs": I64, "counts": I64, "scale": F32, "sign": NUMBER, "work": F32, "counters": I32, "out": F32}
     narrow = op == "gram16"
     for r in (rp, *((4, 8, 12) if rp == 16 else (3 * rp // 4,))):
         pack = moments.PACKED.get(r, 1) if narrow else 1
         width = launch.padded(pack * r, 16)
         for name in ("bf16", "fp16") if narrow else ("fp32",):
             own = {"R": r, "RP": rp, "P": pack, "W": width, "BN": c.block, "SPLIT": 4, "T": TYPE_NAMES[name]}
-            own |= {"WEIGHTED": not narrow, "SCALED": True, "EMA": True, "ALIGN": True, "UP": False}
-            yield Case(op, f"r={r} {name}", moments._gram, types, own | {"PREC": c.precision}, c)
+            own |= {"WEIGHTED": not narrow, "COUNTED": True, "SCALED": True, "ADD": True, "ALIGN": True, "UP": False}
+            yield Case(op, f"r={r} {name}", moments._gram, types, own | {"PREC": c.precision}, c, ("sign",))
 
 
 def _average(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"S": F32, "S_new": F32, "t": I64, "took": "*i8", "trace": F32, "found_inf": F32, "decay": "*fp64"}
-    yield Case(op, f"r={rp}", moments._average, types, {"R": rp, "RP": rp}, c)
+    types = {"S": F32, "S_new": F32, "t": I64, "took": "*i8", "found_inf": F32}
+    numbers = ("rest", "rest_low", "log_decay", "log_decay_low")
+    yield Case(op, f"r={rp}", moments._average, types | dict.fromkeys(numbers, NUMBER), {"R": rp, "RP": rp}, c, numbers)
 
 
 MAKERS = {
-    "rational": _rational,
+    "inverse": _inverse,
+    "root": _root,
     "eigenbasis": _eigenbasis,
     "update": _update,
     "polar": _polar,
-    "compose": _compose,
     "total": _total,
     "prepare": _prepare,
-    "rows": _rows,
+    "nonfinite": _nonfinite,
     "gram16": _gram,
     "gram32": _gram,
     "average": _average,

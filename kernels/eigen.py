@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .inverse import REGISTER_RANK, _alive, _normalise, _offsets
+from .inverse import _alive, _normalise, _offsets, _rank
 from .inverse import supports as _supports
 
 SWEEPS = 15
+REGISTER_RANK = 64  # above it, rotations are kept in memory for want of registers
 
 
 @triton.jit
@@ -122,7 +123,8 @@ def _jacobi(
     i = tl.arange(0, RP)
     rows, cols = i[None, :, None], i[None, None, :]
     l, start, at, inside = _offsets(L, R, RP, G)
-    A, usable, empty = _normalise(S + start, at, inside, l, L, k, HAS_K, R, RP)
+    rank = _rank(k, l, L, HAS_K, R)
+    A, usable, empty = _normalise(S + start, at, inside, rank, R, RP)
     W = tl.where(rows == cols, 1.0, 0.0) + tl.zeros([G, RP, RP], tl.float32)
     # entries below ε · 1e-3 of the mean eigenvalue are noise of a rank-deficient factor
     scale, tolerance = 1e-3, 2e-7
@@ -147,7 +149,7 @@ def _jacobi(
                 going = tl.where(tl.max(worst, 0) > tolerance, 1, 0)
         found = tl.sum(tl.where(rows == cols, A, 0.0), 2)
     found = tl.maximum(found, 0.0)
-    alive = _alive(k, l, L, HAS_K, R, RP)
+    alive = _alive(rank, RP)
     live = alive[:, :, None] & alive[:, None, :]
     unit = tl.where(rows == cols, 1.0, 0.0) + tl.zeros([G, RP, RP], tl.float32)
     # dead directions sort below everything, in their own order; ties keep theirs
@@ -179,9 +181,11 @@ def eigenbasis(S: Tensor, k: Tensor | None = None, previous: Tensor | None = Non
     L, r = S.shape[0], S.shape[-1]
     rp = launch.padded(r, 4)
     c = launch.config("eigenbasis", rp)
+    assert c is not None, "refused by supports()"
     out, values = torch.empty_like(S), S.new_empty(L, r)
     work = S.new_empty(L, 2, rp, rp) if rp > REGISTER_RANK else out
-    _jacobi[(triton.cdiv(L, c.group),)](
+    launch.run(
+        _jacobi, (triton.cdiv(L, c.group),),
         S, S if k is None else k, S if previous is None else previous, work, out, values, L,
         HAS_K=k is not None, HAS_PREVIOUS=previous is not None, R=r, RP=rp, G=c.group,
         SWEEPS=SWEEPS, IN_MEMORY=rp > REGISTER_RANK, num_warps=c.warps, num_stages=c.stages,

@@ -1,4 +1,4 @@
-"""Who runs what, and how: the static table of configurations, and the tests a tensor must pass to meet a kernel.
+"""Launch configurations, the one function that launches, and dispatch checks.
 
 There is no autotuning: most kernels work in place, and a tuner replays what it times. The table below is the only
 place where a tile, a warp count or a number of stages is written; the launchers, the compile report
@@ -6,6 +6,7 @@ place where a tile, a warp count or a number of stages is written; the launchers
 shared memory of every target without spilling registers.
 """
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 MAX_RANK = 128
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FLOATS = tuple(TYPES)
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Config:
 
 # (op, padded rank) -> configuration on every target not named in EXCEPTIONS
 TABLE: dict[tuple[str, int], Config] = {
-    ("rational", 4): Config(group=32, warps=4),
-    ("rational", 8): Config(group=4, warps=1),
-    ("rational", 16): Config(warps=2),
-    ("rational", 32): Config(warps=2),
-    ("rational", 64): Config(warps=8),
+    ("inverse", 4): Config(group=32, warps=4),
+    ("inverse", 8): Config(group=4, warps=1),
+    ("inverse", 16): Config(warps=2),
+    ("inverse", 32): Config(warps=2),
+    ("inverse", 64): Config(warps=8),
     # the stack at 128 is what is kept across the loops; no instruction inside an inner loop touches it (tested)
-    ("rational", 128): Config(warps=16, stack=192),
+    ("inverse", 128): Config(warps=16, stack=192),
     ("eigenbasis", 4): Config(group=4, warps=1),
     ("eigenbasis", 8): Config(group=2, warps=1),
     ("eigenbasis", 16): Config(warps=2),
@@ -62,17 +65,17 @@ TABLE: dict[tuple[str, int], Config] = {
     ("update", 64): Config(block=64, warps=8, precision="tf32x3"),
     ("update", 128): Config(block=32, warps=8, precision="tf32x3"),
     # as many tiles a program that its Gram matrix, written and read, is at most one of the 37 bytes an element moves
-    ("polar", 16): Config(block=64, warps=4, group=4),
+    ("polar", 16): Config(block=64, warps=2, group=4),
     ("polar", 32): Config(block=32, warps=4, group=16),
     ("polar", 64): Config(block=32, warps=8, group=16, precision="tf32x3"),
     ("polar", 128): Config(block=32, warps=8, group=32, precision="tf32x3"),
-    ("compose", 16): Config(block=16, warps=1),
-    ("compose", 32): Config(block=32, warps=4),
-    ("compose", 64): Config(block=32, warps=8, precision="tf32x3"),
-    ("compose", 128): Config(block=32, warps=8, precision="tf32x3"),
+    ("root", 16): Config(warps=2),
+    ("root", 32): Config(warps=4),
+    ("root", 64): Config(block=32, warps=8, precision="tf32x3"),
+    ("root", 128): Config(block=32, warps=16, precision="tf32x3"),
     ("total", 0): Config(block=256, warps=2),
     ("prepare", 0): Config(warps=1),
-    ("rows", 0): Config(block=1024, warps=4),
+    ("nonfinite", 0): Config(block=4096, warps=4),
     **{("average", rp): Config(warps=w) for rp, w in ((4, 1), (8, 1), (16, 1), (32, 2), (64, 4), (128, 8))},
     # 16-bit rows: rp 16 and 32 are packed to 64 wide where r divides 64
     ("gram16", 16): Config(block=64, warps=4, stages=3),
@@ -95,8 +98,8 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("polar", 128, "sm_80"): Config(block=16, warps=8, group=64, precision="tf32x3"),
     ("polar", 64, "gfx942"): Config(block=32, warps=4, group=16),
     ("polar", 128, "gfx942"): Config(block=16, warps=8, group=64),
-    ("compose", 64, "gfx942"): Config(block=32, warps=4),
-    ("compose", 128, "gfx942"): Config(block=16, warps=8),
+    ("root", 64, "gfx942"): Config(block=32, warps=8),
+    ("root", 128, "gfx942"): Config(block=32, warps=8),
     ("gram32", 16, "gfx942"): Config(block=64, warps=2),
     ("gram32", 32, "gfx942"): Config(block=32, warps=4),
     ("gram32", 64, "gfx942"): Config(block=32, warps=4),
@@ -114,6 +117,29 @@ def config(op: str, rp: int, target: str | None = None) -> Config | None:
     """
     target = target or here()
     return EXCEPTIONS[op, rp, target] if (op, rp, target) in EXCEPTIONS else TABLE.get((op, rp))
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launch a kernel. Every launch of this package goes through here, so that it can be counted or left out.
+
+    Args:
+        kernel: the jitted function.
+        grid: programs along each dimension.
+        args: run-time arguments.
+        constants: compile-time arguments, and ``num_warps`` and ``num_stages``.
+    """
+    kernel[grid](*args, **constants)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Return whether kernels run on tensors of this device: a shipped GPU, or the host in Triton's interpreter."""
+    return device.type == "cpu" if interpreting() else device.type == "cuda" and here() in TARGETS
+
+
+def split(x: float) -> tuple[float, float]:
+    """Return x as a sum of two float32 numbers, as scalar arguments of kernels are float32; exact to about 2⁻⁴⁸."""
+    high = struct.unpack("f", struct.pack("f", x))[0]
+    return high, x - high
 
 
 def padded(r: int, least: int) -> int:
@@ -156,6 +182,5 @@ def plain(tensors: Iterable[Any], dtypes: Iterable[torch.dtype] = FLOATS) -> boo
     if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return False
     device = tensors[0].device
-    runs = device.type == "cpu" if interpreting() else device.type == "cuda" and here() in TARGETS
     allowed = tuple(dtypes)
-    return runs and all(t.device == device and t.dtype in allowed and t.is_contiguous() for t in tensors)
+    return runs_on(device) and all(t.device == device and t.dtype in allowed and t.is_contiguous() for t in tensors)

@@ -1,16 +1,17 @@
-"""Second moments of rank space: Gram matrices, many in one launch, taken into their averages in the same launch.
+"""Second moments of rank space: Gram matrices of rows, many in one launch, and their averages.
 
-    G = Σ_n w_n z_n z_nᵀ over the first ``count`` rows,   S ← S + w (scale · G − S),   t ← t + 1,   w = (1−β)/(1−β^t)
+    G_m = Σ_n w_n z_n z_nᵀ over the first ``count`` rows:   out_m ← scale_m G_m   or   sums[index_m] += sign · G_m
+    S ← S + w (S_new − S),   t ← t + 1,   w = (1−β)/(1−β^t)
 
 Program (m, s) sums slice s of the rows of matrix m and stores the partial sum; the last one of a matrix to finish adds
-the slices up, always in the same order, and takes the result into S: no floating-point atomics, so the factor does not
-depend on timing. Narrow rows are packed: for r in (4, 8, 16, 32), 64/r rows make one row of a 64×64 product, whose
-diagonal r×r blocks are added up: it wastes multiplications and gets full-width loads and matrix units instead.
+the slices up, always in the same order: no floating-point atomics, so the result does not depend on timing. Narrow rows
+are packed: for r in (4, 8, 16, 32), 64/r rows make one row of a 64×64 product, whose diagonal r×r blocks are added up:
+it wastes multiplications and gets full-width loads and matrix units instead.
 
-Hazards. Rows at and after ``count`` may hold anything: they are selected away. Counters live on the device and the
-last program resets them. 16-bit rows are multiplied as they are and summed in float32; float32 rows, and all rows with
-weights, go by tf32x3 or ieee, never plain tf32. The interpreter multiplies the bits of bfloat16, hence UP. Offsets are
-int64. `supports` refuses float64, rank > 128, wrapper subclasses, and what the table does not ship.
+Hazards. Rows at and after ``count`` may hold anything: they are selected away. 16-bit rows are multiplied as they are
+and summed in float32; float32 rows, and all rows with weights, go by tf32x3 or ieee, never plain tf32. The interpreter
+multiplies the bits of bfloat16, hence UP. Offsets are int64. `supports` refuses float64, rank > 128, wrapper
+subclasses, and what the table does not ship. Addresses are uploaded at every call: not to be captured.
 """
 
 import math
@@ -22,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tables
-from .update import TYPES
 
 PACKED = {4: 16, 8: 8, 16: 4, 32: 2}
 
@@ -57,8 +57,11 @@ def _partial(
 
 
 @triton.jit
-def _take(S, G, t_ptr, took_ptr, trace_ptr, found_inf, decay, i, j, R: tl.constexpr):
-    """S ← S + w (G − S) if G is finite and found_inf is not set; what `ema_` of the reference does to one pair."""
+def _take(S, G, t_ptr, took_ptr, found_inf, rest, rest_low, log_decay, log_decay_low, i, j, R: tl.constexpr):
+    """S ← S + w (G − S) if G is finite and found_inf is not set; what `ema_` of the reference does to one pair.
+
+    1 − β and log β come as sums of two float32 numbers, since 1 − β^t cancels; log 0 as −1e30.
+    """
     inside = (i < R) & (j < R)
     G = tl.where(inside, G, 0.0)
     bad = tl.sum(tl.sum(tl.where(tl.abs(G) < float("inf"), 0, 1), 1), 0)
@@ -67,11 +70,13 @@ def _take(S, G, t_ptr, took_ptr, trace_ptr, found_inf, decay, i, j, R: tl.conste
     tl.debug_barrier()  # every thread has read t before one writes it
     tl.store(t_ptr, t)
     tl.store(took_ptr, took.to(tl.int8))
-    # in float64, since 1 − β^t cancels; exactly 1 the first time
-    count = tl.maximum(t.to(tl.float64), 1.0)
-    one_minus, log_decay = tl.load(decay), tl.load(decay + 1)
-    limit = log_decay == 0
-    w = tl.where(limit, 1.0 / count, one_minus / (1.0 - tl.exp(tl.where(limit, -1.0, count * log_decay))))
+    # in float64; exactly 1 the first time
+    one = tl.zeros([1, 1], tl.float64) + 1.0
+    count = tl.maximum(one * t.to(tl.float64), 1.0)
+    log = one * log_decay + one * log_decay_low
+    limit = log == 0
+    w = (one * rest + one * rest_low) / (1.0 - tl.exp(tl.where(limit, -1.0, count * log)))
+    w = tl.where(limit, 1.0 / count, w)
     w = tl.where(count == 1, 1.0, w).to(tl.float32)
     w = tl.where(took, w, 0.0)
     old = tl.load(S + i * R + j, mask=inside, other=0.0)
@@ -79,23 +84,28 @@ def _take(S, G, t_ptr, took_ptr, trace_ptr, found_inf, decay, i, j, R: tl.conste
     # lerp from the nearer end, as torch does: exactly G for w = 1
     mixed = tl.where(w < 0.5, old + w * (new - old), new - (new - old) * (1.0 - w))
     tl.store(S + i * R + j, mixed, mask=inside)
-    tl.store(trace_ptr, tl.sum(tl.sum(tl.where(i == j, mixed, 0.0), 1), 0))
 
 
 @triton.jit
 def _gram(
-    pointers, rows, weights, scale, work, counters, S, t, took, trace, found_inf, decay,
+    jobs, counts, scale, sign, work, counters, out,
     R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    T: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, EMA: tl.constexpr, ALIGN: tl.constexpr,
-    UP: tl.constexpr, PREC: tl.constexpr,
+    T: tl.constexpr, WEIGHTED: tl.constexpr, COUNTED: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr,
+    ALIGN: tl.constexpr, UP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Sum slice ``program_id(1)`` of matrix ``program_id(0)``; the last slice writes S, or takes G into it (EMA)."""
+    """Sum slice ``program_id(1)`` of matrix ``program_id(0)``; the last slice writes its place in ``out``, or adds.
+
+    ``jobs`` [M, 4] is (address, rows, address of weights, place in ``out``).
+    """
     matrix, slice = tl.program_id(0), tl.program_id(1)
-    z = tl.load(pointers + matrix).to(tl.pointer_type(T))
+    job = jobs + 4 * matrix
+    z = tl.load(job).to(tl.pointer_type(T))
     if ALIGN:
         z = tl.multiple_of(z, 16)
-    count = tl.load(rows + matrix).to(tl.int32)
-    w = tl.load(weights + matrix).to(tl.pointer_type(tl.float32))
+    count = tl.load(job + 1).to(tl.int32)
+    if COUNTED:
+        count = tl.load(counts + matrix).to(tl.int32)
+    w = tl.load(job + 2).to(tl.pointer_type(tl.float32))
     packed = (count + P - 1) // P
     share = (packed + SPLIT * BN - 1) // (SPLIT * BN) * BN
     begin = slice * share
@@ -117,24 +127,22 @@ def _gram(
             total += tl.load(mine + at, mask=inside, other=0.0, cache_modifier=".cg")
         if SCALED:
             total = total * tl.load(scale + matrix)
-        tl.store(counters + matrix, 0)
-        own = S + matrix.to(tl.int64) * (R * R)
-        if EMA:
-            _take(own, total, t + matrix, took + matrix, trace + matrix, found_inf, decay, i, j, R)
-        else:
-            tl.store(own + i * R + j, total, mask=inside)
+        to = out + tl.load(job + 3) * (R * R) + i * R + j
+        if ADD:
+            total = tl.load(to, mask=inside, other=0.0) + sign * total
+        tl.store(to, total, mask=inside)
 
 
 @triton.jit
 def _average(
-    S, S_new, t, took, trace, found_inf, decay, R: tl.constexpr, RP: tl.constexpr
+    S, S_new, t, took, found_inf, rest, rest_low, log_decay, log_decay_low, R: tl.constexpr, RP: tl.constexpr
 ):  # fmt: skip
     """Take one given observation per pair."""
     l = tl.program_id(0)
     i, j = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
     start = l.to(tl.int64) * (R * R)
     G = tl.load(S_new + start + i * R + j, mask=(i < R) & (j < R), other=0.0)
-    _take(S + start, G, t + l, took + l, trace + l, found_inf, decay, i, j, R)
+    _take(S + start, G, t + l, took + l, found_inf, rest, rest_low, log_decay, log_decay_low, i, j, R)
 
 
 def gram(z: Tensor) -> Tensor:
@@ -158,32 +166,42 @@ def gram_many(
     """
     r = zs[0].shape[1]
     out = zs[0].new_empty(len(zs), r, r, dtype=torch.float32)
-    _launch_gram(zs, counts, weights, scale, out, None, 0.0, None)
+    _launch_gram(zs, range(len(zs)), out, counts, weights, scale, None)
     return out
 
 
-def gram_ema_(
-    S: Tensor,
+def gram_add_(
+    sums: Tensor,
+    index: Sequence[int],
     zs: Sequence[Tensor],
-    t: Tensor,
-    decay: float,
-    found_inf: Tensor | None = None,
-    counts: Tensor | None = None,
     weights: Sequence[Tensor] | None = None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Do ``ema_(S, gram_many(zs, ...), t, decay, found_inf)`` in one launch; return who took, and the traces of S."""
-    return _launch_gram(zs, counts, weights, scale, S, t, decay, found_inf)
+    sign: float = 1.0,
+) -> Tensor:
+    """Do sums[index[m]] += sign · Σ_n w_n z_n z_nᵀ for M matrices of one rank and dtype, in one launch.
+
+    Args:
+        sums: ``[S, r, r]`` float32, changed in place and returned.
+        index: M distinct places in ``sums``.
+        zs: M matrices ``(N_m, r)``.
+        weights: M vectors ``(N_m,)`` float32 of token weights, or None.
+        sign: what every product is multiplied with.
+    """
+    _launch_gram(zs, index, sums, None, weights, None, float(sign))
+    return sums
 
 
 def ema_(S: Tensor, S_new: Tensor, t: Tensor, decay: float, found_inf: Tensor | None = None) -> Tensor:
     """Take one observation per pair into the bias-corrected averages, in place; arguments as the reference."""
     L, r = S.shape[0], S.shape[-1]
-    took, trace, found_inf = _results(S, found_inf)
+    took = S.new_empty(L, dtype=torch.int8)
     rp = launch.padded(r, 4)
     c = launch.config("average", rp)
     assert c is not None
-    _average[(L,)](S, S_new, t, took, trace, found_inf, _decay(decay, S.device), R=r, RP=rp, num_warps=c.warps)
+    log = math.log(decay) if decay > 0 else -1e30
+    launch.run(
+        _average, (L,), S, S_new, t, took, S.new_zeros(()) if found_inf is None else found_inf,
+        *launch.split(1.0 - decay), *launch.split(log), R=r, RP=rp, num_warps=c.warps,
+    )  # fmt: skip
     return took.bool()
 
 
@@ -198,16 +216,35 @@ def supports_gram_many(
     weights: Sequence[Tensor] | None = None,
     scale: Tensor | None = None,
 ) -> bool:
-    """Return whether `gram_many` takes these arguments; `gram_ema_` takes the same."""
+    """Return whether `gram_many` takes these arguments."""
     fits = all(z.dim() == 2 and 0 < z.shape[1] <= launch.MAX_RANK and 0 < z.numel() < 2**31 for z in zs)
     alike = len({(z.shape[1], z.dtype) for z in zs}) == 1 if fits else False
     others = [*(weights or ()), *([] if scale is None else [scale])]
     return (
         alike
         and launch.plain(zs)
-        and _config(zs[0]) is not None
+        and _config(zs[0], weights is not None) is not None
         and (not others or (launch.plain(others, (torch.float32,)) and others[0].device == zs[0].device))
         and (counts is None or (launch.plain([counts], (torch.int64,)) and counts.device == zs[0].device))
+    )
+
+
+def supports_gram_add(
+    sums: Tensor,
+    index: Sequence[int],
+    zs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    sign: float = 1.0,
+) -> bool:
+    """Return whether `gram_add_` takes these arguments."""
+    return (
+        supports_gram_many(zs, None, weights)
+        and sums.dim() == 3
+        and sums.shape[1:] == (zs[0].shape[1], zs[0].shape[1])
+        and launch.plain([sums], (torch.float32,))
+        and sums.device == zs[0].device
+        and len(set(index)) == len(zs)
+        and all(0 <= m < sums.shape[0] for m in index)
     )
 
 
@@ -220,35 +257,24 @@ def supports_ema(
     return fits and others and t.is_contiguous() and launch.plain([S, S_new], (torch.float32,))
 
 
-def _results(S: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    L = S.shape[0]
-    none = tables.scratch("none", 1, torch.float32, S.device) if found_inf is None else found_inf
-    return S.new_empty(L, dtype=torch.int8), S.new_empty(L), none
-
-
-def _decay(decay: float, device: torch.device) -> Tensor:
-    """Return 1 − β and log β on the device in float64, as scalar arguments would be float32; log 0 as −1e30."""
-    return tables.on_device((1.0 - decay, math.log(decay) if decay > 0 else -1e30), torch.float64, device)
-
-
-def _config(z: Tensor) -> launch.Config | None:
-    r = z.shape[1]
-    op = "gram32" if z.dtype == torch.float32 else "gram16"
-    return launch.config(op, launch.padded(r, 16))
+def _config(z: Tensor, weighted: bool) -> launch.Config | None:
+    """Return the configuration for rows like these; weights make products of float32 of them."""
+    op = "gram32" if weighted or z.dtype == torch.float32 else "gram16"
+    return launch.config(op, launch.padded(z.shape[1], 16))
 
 
 def _launch_gram(
     zs: Sequence[Tensor],
+    index: Sequence[int],
+    out: Tensor,
     counts: Tensor | None,
     weights: Sequence[Tensor] | None,
     scale: Tensor | None,
-    S: Tensor,
-    t: Tensor | None,
-    decay: float,
-    found_inf: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    z, M, device = zs[0], len(zs), zs[0].device
-    r, c = z.shape[1], _config(z if weights is None else z.new_empty(0, z.shape[1], dtype=torch.float32))
+    sign: float | None,
+) -> None:
+    """Write the Gram matrices to their places in ``out``, or, with a sign, add them there."""
+    z, M, r = zs[0], len(zs), zs[0].shape[1]
+    c = _config(z, weights is not None)
     assert c is not None, "refused by supports_gram()"
     narrow = z.dtype != torch.float32 and weights is None
     pack = PACKED.get(r, 1) if narrow else 1
@@ -257,20 +283,14 @@ def _launch_gram(
     # enough programs to fill a device, each with a few tiles to pipeline
     split = max(1, min(512 // M, longest // pack // (4 * c.block), 32))
     work = z.new_empty(M * split * width * width, dtype=torch.float32)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    counters = tables.scratch(f"gram{stream}", M, torch.int32, device)
-    if counts is None:
-        counts = tables.on_device([z.shape[0] for z in zs], torch.int64, device)
-    took, trace, found_inf = _results(S, found_inf)
-    _gram[(M, split)](
-        tables.on_device([z.data_ptr() for z in zs], torch.int64, device),
-        counts,
-        tables.on_device([0] * M if weights is None else [w.data_ptr() for w in weights], torch.int64, device),
-        S if scale is None else scale, work, counters,
-        S, S if t is None else t, took, trace, found_inf, _decay(decay, device),
-        R=r, RP=launch.padded(r, 16), P=pack, W=width, BN=c.block, SPLIT=split, T=TYPES[z.dtype],
-        WEIGHTED=weights is not None, SCALED=scale is not None, EMA=t is not None,
-        ALIGN=all(z.data_ptr() % 16 == 0 for z in zs), UP=launch.interpreting(), PREC=c.precision,
+    counters = torch.zeros(M, dtype=torch.int32, device=z.device)
+    heavy = [0] * M if weights is None else [w.data_ptr() for w in weights]
+    jobs = [x for z, w, place in zip(zs, heavy, index, strict=True) for x in (z.data_ptr(), z.shape[0], w, place)]
+    launch.run(
+        _gram, (M, split), tables.upload(jobs, torch.int64, z.device), out if counts is None else counts,
+        out if scale is None else scale, 1.0 if sign is None else sign, work, counters, out,
+        R=r, RP=launch.padded(r, 16), P=pack, W=width, BN=c.block, SPLIT=split, T=launch.TYPES[z.dtype],
+        WEIGHTED=weights is not None, COUNTED=counts is not None, SCALED=scale is not None, ADD=sign is not None,
+        ALIGN=all(x % 16 == 0 for x in jobs[::4]), UP=launch.interpreting(), PREC=c.precision,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return took.bool(), trace

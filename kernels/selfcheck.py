@@ -12,23 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import OPS
+from . import OPS, UpdatePlan
 
 log = logging.getLogger(__name__)
 Op = Callable[..., Any]
 # two roundings of 16-bit parameters may differ by a unit; r×r functions in float32 by cond · 1e-8, updates by products
+PLAN = "plan"
 ALLOWED = {"damped_inverse": 5e-4, "damped_inverse_root": 5e-4, "eigenbasis": 1e-4}
 
 
 def run(reference: Mapping[str, Op], device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Yield (op, largest error relative to the largest entry, allowed error) for every op at rank 16 in float32."""
-    for name in OPS:
-        yield name, error(name, reference[name], 16, torch.float32, device), allowed(name, torch.float32)
+    for name in (*OPS, PLAN):
+        yield name, error(name, reference.get(name), 16, torch.float32, device), allowed(name, torch.float32)
 
 
 @cache
-def agrees(name: str, reference: Op, r: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether the kernel compiles, runs and gives what ``reference`` gives; once per process and arguments."""
+def agrees(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the kernel compiles, runs and gives what ``reference`` gives; once per process and arguments.
+
+    ``name`` may also be `PLAN`: what a plan does besides its steps (``nonfinite_``, ``grams``, ``transform_``). Its
+    reference is in here.
+    """
     try:
         found = error(name, reference, r, dtype, device)
     except Exception:  # whatever the compiler or the driver throws, the reference still works
@@ -45,9 +50,13 @@ def allowed(name: str, dtype: torch.dtype) -> float:
     return ALLOWED.get(name, 1e-4) if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
-def error(name: str, reference: Op, r: int, dtype: torch.dtype, device: torch.device) -> float:
+def error(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the largest difference of kernel and reference on the op's problem, relative to the largest entry."""
-    got, want = (outcome(name, op, r, dtype, device).double() for op in (OPS[name], reference))
+    if name == PLAN:
+        got, want = (part.double() for part in _plan(r, dtype, device))
+    else:
+        assert reference is not None
+        got, want = (outcome(name, op, r, dtype, device).double() for op in (OPS[name], reference))
     return float((got - want).abs().max() / want.abs().max())
 
 
@@ -69,17 +78,58 @@ def outcome(name: str, op: Op, r: int, dtype: torch.dtype, device: torch.device)
     if name == "ema_":
         op(S, 2 * S, torch.full((L,), 3, device=device), 0.9)
         return S
+    if name == "gram_add_":
+        made = op(S, [4, 1], [z.contiguous() for z in rows[:2].to(device, dtype)], None, -1.0)
+        return made
     if name.startswith("gram"):
         zs = [z.contiguous() for z in rows.to(device, dtype)]
         made = op(zs[0] if name == "gram" else zs)
         return made
-    if name in ("truncate_", "scale_rows_"):
-        X = torch.randn(L, d, r, generator=g).to(device, dtype)
-        op(X, k if name == "truncate_" else torch.arange(r, device=device) + 0.5, 2)
-        return X
     slabs = [_slab(side, L, r, d, dtype, device) for side in (1, 2)]
     op(slabs, torch.zeros((), device=device))
     return torch.cat([torch.stack(s.params).flatten() for s in slabs])
+
+
+def _plan(r: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the ops on whole buckets make of a problem, and what torch makes of it, each as one vector."""
+    slabs = [_slab(side, 3, r, 96, dtype, device) for side in (1, 2)]
+    slabs[1].step = slabs[0].step
+    plan = UpdatePlan("eigen", slabs)
+    grads = [g for s in slabs for g in s.grads]
+    flags = torch.zeros(2, device=device)
+    plan.load(grads)
+    plan.nonfinite_(flags[0])
+    grams = [plan.grams("gradients"), plan.grams("params")]
+    M = torch.cat([s.matrix for s in slabs if s.matrix is not None])
+    k = torch.full((len(grads),), max(1, r - 1), device=device)
+
+    def ours() -> list[Tensor]:
+        return [t for s in slabs for t in (*s.params, *s.exp_avg, *s.exp_avg_sq)]
+
+    def first(X: Tensor, s: _Slab) -> Tensor:
+        return X.float() if s.rank_dim == 1 else X.float().mT
+
+    want = [torch.tensor([0.0, 1.0], device=device)]
+    for of in (grads, [p for s in slabs for p in s.params]):
+        X = torch.stack([first(x, slabs[n // 3]) for n, x in enumerate(of)])
+        want.append((X @ X.mT).flatten())
+    live = torch.arange(r, device=device)[:, None] < k[0]
+    for n, s in enumerate(slabs):
+        own = M[3 * n : 3 * n + 3]
+        for T, stack in ((own, s.params), (own, s.exp_avg), (own.square(), s.exp_avg_sq)):
+            for t, x in zip(T, stack, strict=True):
+                mapped = torch.where(live, t @ first(x, s), 0.0)
+                want.append((mapped if s.rank_dim == 1 else mapped.mT).to(dtype).float().flatten())
+    none = torch.zeros((), device=device)
+    for of_ in ("params", "moments"):
+        plan.transform_(of_, M, k, none)
+    grads[-1][0, 0] = float("inf")
+    plan.nonfinite_(flags[1])
+    got = [flags, *(G.flatten() for G in grams), *(t.float().flatten() for t in ours())]
+    # Gram matrices of 96 columns to the size of the rest
+    scale = 1 / 96
+    got[1:3], want[1:3] = [x * scale for x in got[1:3]], [x * scale for x in want[1:3]]
+    return torch.cat(got), torch.cat(want)
 
 
 @dataclass
@@ -95,7 +145,7 @@ class _Hyper:
 @dataclass
 class _Slab:
     params: list[Tensor]
-    grads: Tensor
+    grads: list[Tensor]
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
@@ -120,4 +170,4 @@ def _slab(side: int, L: int, r: int, d: int, dtype: torch.dtype, device: torch.d
     step = torch.tensor(3.0, device=device)
     p, m, v = p.to(dtype), m.to(dtype), (0.1 + m.square()).to(dtype)
     known = torch.arange(L, device=device) > 0
-    return _Slab(list(p.unbind()), grad, m, v, step, side, Q, rates, known=known)
+    return _Slab(list(p.unbind()), list(grad.to(dtype).unbind()), m, v, step, side, Q, rates, known=known)

@@ -1,88 +1,33 @@
-"""Small tables on the device: pointers, tiles, constants. Uploaded when they change, and kept for captured graphs.
+"""Small integer tables on the device, which their owner keeps: addresses, tiles, sizes.
 
-A table is keyed by what it was made from, so an unchanged step uploads nothing. A captured CUDA graph reads the very
-memory of the tables it was captured with: whatever is used during a capture is kept for good, and must have been
-uploaded by an eager step before, since a copy from pageable memory cannot be captured.
+A captured CUDA graph reads the very memory of the tables it was captured with. So nothing is uploaded during a capture,
+and whoever owns a table that a capture has read keeps it.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LIMIT = 256
-_recent: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
-_captured: dict[tuple[Any, ...], Tensor] = {}
+
+def capturing(device: torch.device) -> bool:
+    """Return whether the current stream of this device records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Matrices of equal rank and dtypes, which share launches.
-
-    Attributes:
-        r: their rank.
-        lengths: the other dimension of each.
-        block: length of the tiles they are cut into.
-        first: number of each one's first tile.
-        counts: how many tiles each has.
-        pointers: on the device, where each and what belongs to it is; columns as the kernels say.
-        meta: on the device, what else there is to know of each, likewise.
-        aligned: whether all rows of all matrices begin at multiples of 16 bytes.
-    """
-
-    r: int
-    lengths: tuple[int, ...]
-    block: int
-    first: list[int]
-    counts: list[int]
-    pointers: Tensor
-    meta: Tensor
-    aligned: bool
-
-
-def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device, key: tuple[Any, ...] = ()) -> Tensor:
-    """Return ``values`` as a tensor on the device, the same one for the same key (``values`` itself if not given).
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``values`` as a tensor on the device; the host does not wait for the copy.
 
     Raises:
-        RuntimeError: during a capture, for a table that no eager step has uploaded.
+        RuntimeError: during a CUDA graph capture. The copy would be replayed from host memory that is long gone.
     """
-    name = (dtype, device, key or tuple(values))
-    return _keep(name, lambda: _upload(torch.tensor(values, dtype=dtype), device))
-
-
-def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a zeroed buffer that belongs to one user by name and size; users leave counters at zero."""
-    return _keep((name, size, dtype, device), lambda: torch.zeros(size, dtype=dtype, device=device))
-
-
-def _keep(name: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-    if name in _captured:
-        return _captured[name]
-    table = _recent.get(name)
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if table is None:
-        if capturing:
-            raise RuntimeError(
-                "a kernel met pointers or constants for the first time during CUDA graph capture; take an eager step "
-                "with the same tensors first, and give lr as a tensor"
-            )
-        table = _recent[name] = make()
-    _recent.move_to_end(name)
-    if capturing:
-        _captured[name] = table
-    while len(_recent) > LIMIT:
-        _recent.popitem(last=False)
-    return table
-
-
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+    if capturing(device):
+        raise RuntimeError(
+            "addresses or constants changed during a CUDA graph capture; take an eager step with the same tensors first"
+        )
+    table = torch.tensor(values, dtype=dtype)
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)

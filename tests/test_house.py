@@ -242,7 +242,7 @@ CLEAN = {
     "curvopt/lora/__init__.py": "",
     "curvopt/lora/pairs.py": "from curvopt.ops import Ops\ndef find():\n    import peft",
     "curvopt/optim/__init__.py": "",
-    "curvopt/optim/home.py": "class Home:\n    def _drop(self):\n        self._buckets = []\n        return self._buckets",
+    "curvopt/optim/home.py": "class Home:\n    def _drop(self):\n        self._buckets = []",
     "curvopt/optim/grit.py": "from ..lora import pairs\nimport curvopt.ops\nfrom curvopt.functional import basis",
     "curvopt/analysis/__init__.py": "from curvopt import GritKFAC\nfrom curvopt.lora import pairs",
     "curvopt/analysis/doctor.py": "print('fine')",

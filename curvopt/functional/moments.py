@@ -45,19 +45,24 @@ def gram_add_(
     zs: Sequence[Tensor],
     weights: Sequence[Tensor] | None = None,
     sign: float = 1.0,
-) -> None:
-    """Add sign · Σ_n w_n z_n z_nᵀ of each of M matrices to a sum, in place.
+) -> Tensor:
+    """Do sums[index[m]] += sign · Σ_n w_n z_n z_nᵀ for M matrices, in place.
 
     Args:
-        sums: ``[S, r, r]``, float32 (float64 for float64 signals).
-        index: M numbers below S, all different: which sum each goes to.
+        sums: ``[S, r, r]`` in the compute dtype of the rows.
+        index: M distinct places in ``sums``.
         zs: M matrices ``(N_m, r)`` of one dtype.
         weights: M vectors ``(N_m,)`` of the rows' weights, or None for ones.
-        sign: 1 or −1.
+        sign: what every product is multiplied with.
+
+    Returns:
+        ``sums``.
     """
-    for m, (i, z) in enumerate(zip(index, zs, strict=True)):
+    for m, (place, z) in enumerate(zip(index, zs, strict=True)):
         z = z.to(sums.dtype)
-        sums[i].addmm_(z.mT if weights is None else z.mT * weights[m].to(z.dtype), z, alpha=sign)
+        y = z if weights is None else z * weights[m].to(z.dtype)[:, None]
+        sums[place].addmm_(y.mT, z, alpha=sign)
+    return sums
 
 
 def ema_weight(t: Tensor, decay: float) -> Tensor:

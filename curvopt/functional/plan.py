@@ -30,8 +30,8 @@ class ReferencePlan:
         self._own: dict[int, Tensor] = {}
         self._shared: Tensor | None = None
 
-    def load(self, grads: Sequence[Tensor]) -> None:
-        """Take the T gradients of this step, matrices in the order of the slabs."""
+    def load(self, grads: Sequence[Tensor]) -> bool:
+        """Take the T gradients of this step in the order of the slabs; False if they do not fit the plan."""
         at = 0
         for i, s in enumerate(self.slabs):
             own = list(grads[at : at + len(s.params)])
@@ -40,6 +40,7 @@ class ReferencePlan:
                 s.grads = self._stacked(i, own)
             else:
                 s.grads = own
+        return True
 
     def _stacked(self, i: int, own: list[Tensor]) -> Tensor:
         """Return gradients as one stack in the compute dtype, which the update may overwrite."""

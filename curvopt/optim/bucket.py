@@ -235,18 +235,18 @@ class Bucket:
                 if (s.param.dtype, s.param.device) != (self.dtype, self.device):
                     raise ValueError(
                         f"{s.name} of {s.pair.name} must stay {self.dtype} on {self.device}, as its optimizer state "
-                        f"is, got {s.param.dtype} on {s.param.device}: cast or move the model before the first step, or "
+                        f"is, got {s.param.dtype} on {s.param.device}: cast or move the model before the first step or "
                         "make a new optimizer and load the state"
                     )
         g, h = self.group, self.hyper
         h.lr, h.eps, h.weight_decay, h.maximize = g["lr"], g["eps"], g["weight_decay"], g["maximize"]
         h.beta1, h.beta2 = g["betas"]
-        if name not in self._plans:
-            self._plans[name] = make(self, name)
-        self.plan, self.slabs = self._plans[name]
         if not self._plain:
             self.grads = [X for block in self.blocks for X in block.pieces(self.grads[block.rows])]
-        self.plan.load(self.grads)
+        if name not in self._plans or not self._plans[name][0].load(self.grads):
+            self._plans[name] = make(self, name)
+            self._plans[name][0].load(self.grads)
+        self.plan, self.slabs = self._plans[name]
 
     def _moved(self) -> bool:
         """Whether a parameter lies elsewhere than at the last step."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles import EPS, average, bits
 from strategies import dims, few, generator, ranks, seeds, small_ranks, some, stack_sizes
 
-from curvopt.functional.moments import ema_, ema_weight, gram, gram_many, trace
+from curvopt.functional.moments import ema_, ema_weight, gram, gram_add_, gram_many, trace
 
 DECAYS = [0.0, 0.5, 0.95, 0.999, 1 - 1e-7, 1.0]
 
@@ -157,3 +157,32 @@ def test_many_grams_are_the_sums_over_their_rows(seed, sizes, r):
         z[len(z) // 2 :] = torch.nan
     # at most nine products and sums of numbers below 5² each
     torch.testing.assert_close(gram_many(zs, counts, weights, scale), torch.stack(want), rtol=0, atol=1e-13)
+
+
+@some
+@given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=4), small_ranks, st.sampled_from([1.0, -1.0, 0.5]))
+def test_grams_are_added_to_their_places(seed, sizes, r, sign):
+    g = generator(seed)
+    zs = [torch.randn(n, r, generator=g, dtype=torch.float64) for n in sizes]
+    weights = [torch.rand(n, generator=g, dtype=torch.float64) for n in sizes]
+    sums = torch.randn(6, r, r, generator=g, dtype=torch.float64)
+    index = torch.randperm(6, generator=g)[: len(sizes)].tolist()
+    for own in (None, weights):
+        want = sums.clone()
+        for m, z in zip(index, zs, strict=True):
+            w = torch.ones(len(z), dtype=torch.float64) if own is None else own[index.index(m)]
+            want[m] += sign * sum((a * torch.outer(x, x) for a, x in zip(w, z, strict=True)), torch.zeros(r, r))
+        got = sums.clone()
+        assert gram_add_(got, index, zs, own, sign) is got
+        # at most nine products and sums of numbers below 5² each
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+        others = [m for m in range(6) if m not in index]
+        assert torch.equal(bits(got[others]), bits(sums[others]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grams_of_sixteen_bits_are_added_in_float32(dtype):
+    z = torch.randn(300, 5, generator=generator(6)).to(dtype)
+    sums = gram_add_(torch.zeros(2, 5, 5), [1], [z])
+    torch.testing.assert_close(sums[1].double(), z.double().T @ z.double(), rtol=1e-5, atol=300 * EPS[torch.float32])
+    assert not sums[0].any()

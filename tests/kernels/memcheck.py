@@ -9,7 +9,7 @@ where a tile is so small that several warps load each element and one of them st
 address are not, unless they are lanes of one.
 """
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
-from curvopt.kernels import tables
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -32,11 +31,6 @@ POISON = 0xFF  # a byte; floating-point numbers of it are NaN
 ORDER = ir.MEM_SEMANTIC
 Original = Callable[..., Any]
 Findings = Iterator[tuple[str, np.ndarray]]  # what may be wrong, and which bytes [elements, size]
-
-# kernel -> why its threads may read back without a barrier what they stored as the same lane of the same tile
-READS_OWN_LANES = {
-    "_rational": "one pointer tensor is loaded and stored, so in one layout: an element has one thread (inverse.py)"
-}
 
 
 @dataclass
@@ -139,8 +133,6 @@ class Launch:
         stored, first = self.stored[at], self.loaded_first[at]
         yield "loads what another program writes", self.others(stored, self.exchanged[at])
         own = stored >= self.since
-        if self.kernel in READS_OWN_LANES:
-            own &= self.lane[at] != lanes[:, None]
         yield "loads its own store without a barrier", own
         self.loaded_first[at] = np.where(first == 0, self.segment, first)
         self.loaded[at] = self.segment
@@ -251,6 +243,5 @@ def watched(rubbish: Container[str] = ()) -> Iterator[Watch]:
         for (owner, name), own in places.items():
             instead = lambda i, own, was, *args, **kwargs: own(was, i, *args, **kwargs)  # noqa: E731
             stack.enter_context(mock.patch.object(owner, name, partialmethod(instead, own, getattr(owner, name))))
-        stack.enter_context(mock.patch.object(tables, "_recent", OrderedDict()))  # tensors from before
         stack.enter_context(watch.fences)
         yield watch

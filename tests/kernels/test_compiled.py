@@ -16,9 +16,10 @@ from curvopt.kernels import compiled, launch
 
 # one of every kernel, and both kinds of tile; the rest is behind -m slow
 QUICK = re.compile(
-    r"rational r=(4 Q=1$|16 Q=13|128 Q=1$)|eigenbasis r=(8|64)$|update eigen r=(12|16|64) p=(bf16 g=bf16|fp32)"
-    r"|update (momentum|graft|rows|polar) r=16|polar r=(12 p=fp16|64 p=fp32|128 p=fp32)|compose r=16|total"
-    r"|prepare|rows truncate bf16|gram(16|32) r=(8|48|128) (bf16|fp32)|average r=16"
+    r"inverse r=(4|16|128)$|root r=(4 fp32|16 fp32 equalise|64 fp32)$|eigenbasis r=(8|64)$"
+    r"|update eigen r=(12|16|64) p=(bf16 g=bf16|fp32)|update (moments|graft|rows|polar) r=16"
+    r"|update transform moments r=(16|64)|polar r=(12 p=fp16|64 p=fp32|128 p=fp32)|polar grams r=16 bf16|total"
+    r"|prepare|nonfinite bf16|gram(16|32) r=(8|48|128) (bf16|fp32)|average r=16"
 )
 ALL = [(target, case) for target in launch.TARGETS for case in compiled.cases(target)]
 
@@ -28,7 +29,9 @@ def name(target, case):
 
 
 def quick(target, case):
-    return QUICK.match(name(target, case)) and (target == "sm_90" or case.kernel in ("update", "polar", "gram32"))
+    return QUICK.match(name(target, case)) and (
+        target == "sm_90" or case.kernel in ("update", "polar", "gram32", "root")
+    )
 
 
 def parameters():
@@ -61,7 +64,7 @@ def test_fits(target, case):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_inner_loops_at_rank_128_do_not_touch_the_stack(target):
-    built = compiled.build(find(target, "rational r=128 Q=1$"), target)
+    built = compiled.build(find(target, "inverse r=128$"), target)
     assert compiled.spills_in_loops(compiled.disassemble(built.asm["cubin"])) == []
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from curvopt.kernels import eigen, inverse, launch, moments, truncate
+from curvopt.kernels import coefficients, eigen, launch, moments, root
 from memcheck import watched
-from update_cases import BF16, F16, F32, moved, slab
+from update_cases import BF16, F16, F32, gradients, moved, slab
 
 from curvopt import kernels
 
@@ -32,9 +32,8 @@ def clean(*names, rubbish=()):
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    """Few poles and sweeps: every one of them takes the same ways through memory."""
-    exact = inverse.quadrature
-    monkeypatch.setattr(inverse, "quadrature", lambda least, largest: exact(least, largest, 0.1))
+    """Few stages and sweeps: every one of them takes the same ways through memory."""
+    monkeypatch.setattr(coefficients, "TOLERANCE", 0.5)
     monkeypatch.setattr(eigen, "SWEEPS", 1)
 
 
@@ -147,17 +146,19 @@ def test_control_other_tensors_and_equal_values():
 
 
 def launched(rule, *more):
-    return ("_prepare", "_update", *(("_advance", "_rational", "_compose", *more) if "polar" in rule else ()))
+    return ("_prepare", "_update", *(("_advance", "_equalise", *more) if "polar" in rule else ()))
 
 
-def updated(rule, slabs, found=0.0, damping=(1.0,), **options):
-    """Run the rule on copies, every matrix of which has fences of its own."""
+def updated(rule, slabs, found=0.0, damping=(1.0,), together=False):
+    """Run the rule on copies, every matrix of which has fences of its own; in one bucket if together."""
     ours = [moved(s, "cpu") for s in slabs]
+    for s in ours if together else ():
+        s.step = ours[0].step
     for n, s in enumerate(ours):
         s.grads = [g.clone() for g in s.grads] if n % 2 else s.grads
         s.damping = damping[n % len(damping)]
     assert kernels.supports(rule, ours, torch.tensor(found))
-    kernels.OPS[rule](ours, torch.tensor(found), **options)
+    kernels.OPS[rule](ours, torch.tensor(found))
 
 
 @pytest.mark.parametrize("rule", UPDATES)
@@ -167,25 +168,25 @@ def test_updates(rule, r):
         slabs = [slab(2, r, 5, 1), slab(1, r, 70, 2, seed=1), slab(1, r, 33, 1, matrix=False, seed=2)]
         slabs[0].k, slabs[1].k = torch.tensor([0, (r + 1) // 2]), torch.tensor([r])
         slabs[0].rates = tuple(float((i + 2) % 3) for i in range(r))
-        updated(rule, slabs)
+        updated(rule, slabs, together=True)
 
 
 @pytest.mark.parametrize("rule", UPDATES)
 @pytest.mark.parametrize("r, d", [(3, 45), (16, 48), slow(24, 64)])
 def test_updates_of_all_dtypes(rule, r, d):
-    """Three buckets, with and without the alignment hint; bfloat16 rounded at random."""
+    """Several buckets, with and without the alignment hint."""
     with clean(*launched(rule)):
         types = ((BF16, BF16), (BF16, BF16), (F16, F32), (F32, F16))
         slabs = [slab(1, r, d, 1 + n % 2, *t, lr=torch.tensor(1e-3) if n else 1e-3) for n, t in enumerate(types)]
         slabs[1].grads = slabs[1].grads.to(BF16)
-        updated(rule, slabs, rounding=torch.tensor(7))
+        updated(rule, slabs)
 
 
 @pytest.mark.parametrize("rule", UPDATES)
 def test_updates_that_must_change_nothing(rule):
     # kernels/polar.py says so: the matrices are then made of what stands in the buffers, and not applied
-    with clean(*launched(rule, "_total"), rubbish=("_total", "_rational", "_compose")):
-        updated(rule, [slab(2, 8, 600, 1), slab(1, 8, 33, 2)], found=1.0)
+    with clean(*launched(rule, "_total"), rubbish=("_total", "_equalise")):
+        updated(rule, [slab(2, 8, 600, 1), slab(1, 8, 33, 2)], found=1.0, together=True)
 
 
 def test_parameters_that_are_not_aligned():
@@ -201,7 +202,7 @@ def test_tiles_of_other_devices(rule, r, target, monkeypatch):
     own = launch.config
     monkeypatch.setattr(launch, "config", lambda op, rp, _=None: own(op, rp, target))
     with clean(*launched(rule)):
-        updated(rule, [slab(1, r, 90, 1), slab(1, r, 77, 2)])
+        updated(rule, [slab(1, r, 90, 1), slab(1, r, 77, 2)], together=True)
 
 
 @pytest.mark.parametrize("r, d", [(3, 1100), (16, 700), slow(31, 600), slow(64, 530)])
@@ -209,7 +210,7 @@ def test_polar_over_many_programs(r, d):
     slabs = [slab(2, r, d, 1), slab(1, r, d // 4, 2, seed=1)]
     with clean(*launched("polar_update", "_total")):
         slabs[0].k, slabs[0].known = torch.tensor([r, 1]), torch.tensor([False, True])
-        updated("polar_update", slabs)
+        updated("polar_update", slabs, together=True)
 
 
 def test_polar_with_several_dampings():
@@ -225,7 +226,7 @@ def factors(L, r):
 
 
 def function(op, L, r, damping):
-    with clean("_jacobi" if op == "eigenbasis" else "_rational"):
+    with clean({"eigenbasis": "_jacobi", "damped_inverse": "_inverse"}.get(op, "_root")):
         S, damping = factors(L, r), [] if op == "eigenbasis" else [damping()]
         kernels.OPS[op](S, *damping, torch.arange(L) % (r + 1), torch.ones_like(S))
         if r <= 16:
@@ -245,20 +246,33 @@ def test_functions_of_factors_in_memory(op, r, monkeypatch):
     """The branch of ranks above 64, which smaller ones take too if they are told to."""
     monkeypatch.setattr(eigen, "SWEEPS", 2)
     monkeypatch.setattr(eigen, "REGISTER_RANK", 8)
-    monkeypatch.setattr(inverse, "REGISTER_RANK", 8)
+    monkeypatch.setattr(root, "REGISTER_RANK", 8)
+    monkeypatch.setattr(
+        launch, "config", lambda *key, own=launch.config: replace(own(*key), block=own(*key).block or 8)
+    )
     function(op, 2, r, lambda: torch.tensor(0.5))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, slow(F16)])
-@pytest.mark.parametrize("r, d", [(1, 1), (3, 37), (16, 64), (17, 501), slow(12, 200), slow(130, 9)])
-def test_truncation_and_scaling(r, d, dtype):
-    with clean("_rows"):
-        stacks = [torch.randn(3, *shape).to(dtype) for shape in ((r, d), (d, r))]
-        k = torch.tensor([0, r // 2, r])
-        kernels.OPS["truncate_"](stacks[0], k, 1)
-        kernels.OPS["scale_rows_"](stacks[0], torch.rand(3, r), 1)
-        kernels.OPS["scale_rows_"](stacks[1], torch.rand(r), 2)
-        truncate.truncate_many_([(X, k, side) for side, X in enumerate(stacks, start=1)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("r, d", [(1, 1), (3, 300), (16, 64), (17, 40), slow(12, 4097), slow(64, 90), slow(128, 40)])
+def test_whole_buckets(r, d, dtype):
+    """Plans: a look for non-finite numbers, Gram matrices, and maps of parameters and moments."""
+    with clean("_nonfinite", "_grams", "_transform", *(("_total",) if d >= 300 else ())):
+        ours = [moved(slab(n, r, d + n - 1, n, dtype, dtype, seed=n), "cpu") for n in (1, 2)]
+        for s in ours:
+            s.step, s.grads = ours[0].step, [g.to(dtype) for g in s.grads]
+        plan = kernels.UpdatePlan("adam", ours)
+        plan.load(gradients(ours))
+        flag = torch.zeros(())
+        plan.nonfinite_(flag)
+        for g in gradients(ours):
+            g[0, 0] = torch.nan  # several programs set the flag
+        plan.nonfinite_(flag)
+        M, k = torch.randn(3, r, r), torch.tensor([0, r // 2, r])
+        for of in ("params", "moments"):
+            plan.grams("gradients" if of == "params" else "params")
+            for found, matrices, ranks in ((0.0, M, k), (0.0, None, k), (0.0, M, None), (1.0, M, k)):
+                plan.transform_(of, matrices, ranks, torch.tensor(found))
 
 
 def tall(r, dtype, whole=True):
@@ -272,11 +286,11 @@ def tall(r, dtype, whole=True):
 @pytest.mark.parametrize("r", RANKS)
 def test_grams(r, dtype):
     with clean("_gram"):
-        zs, S, t = tall(r, dtype), torch.zeros(4, r, r), torch.zeros(4, dtype=torch.int64)
+        zs, S = tall(r, dtype), torch.zeros(6, r, r)
         counts = torch.tensor([0, 1, len(zs[2]) - 2, len(zs[3])])
         kernels.OPS["gram"](zs[2])  # one program, which hands over to itself
         kernels.OPS["gram_many"](zs, counts, [torch.rand(len(z)) for z in zs], torch.rand(4))  # these are not packed
-        moments.gram_ema_(S, zs, t, 0.9, None, counts, scale=torch.rand(4))
+        kernels.OPS["gram_add_"](S, [3, 5, 0, 1], zs, None, -1.0)
 
 
 @pytest.mark.usefixtures("_tensor_ranges")
@@ -295,5 +309,5 @@ def test_averages(r):
 
 
 def test_every_op_is_here():
-    others = {"gram", "gram_many", "ema_", "damped_inverse", "damped_inverse_root", "eigenbasis"}
-    assert set(kernels.OPS) == {*UPDATES, *others, "truncate_", "scale_rows_"}
+    others = {"gram", "gram_many", "gram_add_", "ema_", "damped_inverse", "damped_inverse_root", "eigenbasis"}
+    assert set(kernels.OPS) == {*UPDATES, *others}

@@ -24,11 +24,11 @@ def test_every_op_has_a_problem_and_passes(name, device):
 
 
 @pytest.mark.parametrize(
-    "name", ["gram_many", "damped_inverse_root", "eigenbasis", "eigen_update", "polar_update", "truncate_"]
+    "name", ["gram_many", "damped_inverse_root", "eigenbasis", "eigen_update", "polar_update", "row_update", "plan"]
 )
 @pytest.mark.parametrize("r, dtype", [(5, torch.float32), (16, torch.bfloat16)])
 def test_other_ranks_and_dtypes(name, r, dtype, device):
-    assert selfcheck.agrees(name, REFERENCE[name], r, dtype, device)
+    assert selfcheck.agrees(name, REFERENCE.get(name), r, dtype, device)
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCE))
@@ -49,6 +49,24 @@ def test_a_wrong_kernel_is_seen(name, device, monkeypatch, caplog):
     with caplog.at_level(logging.ERROR):
         assert not selfcheck.agrees(name, REFERENCE[name], 8, torch.float32, device)
     assert f"kernel {name}" in caplog.text
+    selfcheck.agrees.cache_clear()
+
+
+@pytest.mark.parametrize("what", ["nonfinite_", "grams", "transform_"])
+def test_a_wrong_plan_is_seen(what, device, monkeypatch, caplog):
+    right = getattr(kernels.UpdatePlan, what)
+
+    def wrong(self, *args):
+        if what == "grams":
+            return 1.01 * right(self, *args)
+        if what == "transform_":
+            right(self, args[0], 1.01 * args[1], *args[2:])
+        return None
+
+    monkeypatch.setattr(kernels.UpdatePlan, what, wrong)
+    with caplog.at_level(logging.ERROR):
+        assert not selfcheck.agrees("plan", None, 8, torch.float32, device)
+    assert "kernel plan" in caplog.text
     selfcheck.agrees.cache_clear()
 
 

@@ -1,9 +1,12 @@
 """Slabs, and a step of kernel and oracle over copies of them."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import torch
+from curvopt.kernels import launch, tables
 
 from curvopt import kernels
 from curvopt.functional.update import RULES, Hyper, Slab
@@ -51,12 +54,35 @@ def tensors(s):
     return [*s.params, *s.exp_avg, *s.exp_avg_sq]
 
 
-def both(rule, slabs, device, found=ZERO, **options):
-    """Run the kernel and the float64 oracle on copies."""
+def bucket(slabs, device):
+    """Copies on the device that share their step, as slabs of one bucket do."""
+    ours = [moved(s, device) for s in slabs]
+    for s in ours:
+        s.step = ours[0].step
+    return ours
+
+
+def gradients(slabs):
+    return [g for s in slabs for g in s.grads]
+
+
+def both(rule, slabs, device, found=ZERO):
+    """Run the kernel and the float64 oracle on copies; every slab has a step of its own."""
     ours, exact = [moved(s, device) for s in slabs], [moved(s, "cpu", torch.float64) for s in slabs]
     inf = torch.tensor(found, device=device)
     assert kernels.supports(f"{rule}_update", ours, inf)
-    kernels.OPS[f"{rule}_update"](ours, inf, **options)
+    kernels.OPS[f"{rule}_update"](ours, inf)
+    RULES[rule](exact, torch.tensor(found))
+    return ours, exact
+
+
+def planned(rule, slabs, device, found=ZERO):
+    """As `both`, through one plan for all slabs."""
+    ours, exact = bucket(slabs, device), [moved(s, "cpu", torch.float64) for s in slabs]
+    assert kernels.plan_supports(rule, ours)
+    plan = kernels.UpdatePlan(rule, ours)
+    assert plan.load(gradients(ours))
+    plan.step(torch.tensor(found, device=device))
     RULES[rule](exact, torch.tensor(found))
     return ours, exact
 
@@ -71,15 +97,27 @@ def check(ours, exact):
             torch.testing.assert_close(got.cpu().double(), want, rtol=unit, atol=unit + 1e-4 * EPS)
 
 
-class Recorder:
-    """A kernel that notes what it is launched with."""
+@contextmanager
+def launches():
+    """Note the launches inside, as (name of the kernel, grid, constants)."""
+    seen, run = [], launch.run
 
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+    def noted(kernel, grid, *args, **constants):
+        seen.append((kernel.__name__, grid, constants))
+        run(kernel, grid, *args, **constants)
 
-    def __getitem__(self, grid):
-        def run(*args, **kwargs):
-            self.launches.append({"grid": grid, **kwargs})
-            return self.kernel[grid](*args, **kwargs)
+    with mock.patch.object(launch, "run", noted):
+        yield seen
 
-        return run
+
+@contextmanager
+def uploads():
+    """Note what is uploaded inside."""
+    seen, upload = [], tables.upload
+
+    def noted(values, *rest):
+        seen.append(values)
+        return upload(values, *rest)
+
+    with mock.patch.object(tables, "upload", noted):
+        yield seen

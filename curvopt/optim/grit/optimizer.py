@@ -180,7 +180,7 @@ class GritKFAC(BucketedOptimizer):
             slabs.append(
                 Slab(
                     params=params,
-                    grads=[],
+                    grads=bucket.grads[block.rows],
                     exp_avg=block.exp_avg,
                     exp_avg_sq=block.exp_avg_sq,
                     step=bucket.state["step"],

@@ -105,7 +105,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for bucket in buckets:
             bucket.tick()
             self._to_full(bucket)
-            bucket.begin("rows", self._make_plan)
+            bucket.begin("row", self._make_plan)
         found_inf = self._found_inf(buckets, others)
         self._enter(buckets, found_inf)  # A ← Q A, once a pair
         for bucket in buckets:
@@ -122,7 +122,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             slabs.append(
                 RowSlab(
                     params=block.matrices() if full is None else list(full.unbind()),
-                    grads=[],
+                    grads=bucket.grads[block.rows],
                     exp_avg=block.exp_avg,
                     exp_avg_sq=block.exp_avg_sq,
                     step=bucket.state["step"],

@@ -1,0 +1,283 @@
+"""The step of a bucket: everything about its launches decided once, then a few launches a step.
+
+A bucket is a list of slabs (`curvopt.functional.update.Slab`, or `curvopt.functional.nested.RowSlab` for "row") of one
+rank, dtype and device that share their hyper-parameters and their 0-d ``step``. A plan keeps their addresses, tiles and
+buffers on the device. A step then launches, whatever the number of matrices:
+
+    polar      prepare, advance, (total,) equalise, update          momentum   prepare, moments, graft
+    others     prepare, update
+
+An unchanged step uploads nothing: the learning rate and all other hyper-parameters are scalar arguments of `_prepare`,
+or read on the device where the rate is a tensor, and the table of gradients is uploaded when an address has changed.
+
+Hazards. Parameters, moments, step, matrices, ranks and flags are read at the addresses they had when the plan was made:
+whoever moves one makes a new plan. Gradients must live until the launches are queued. During a CUDA graph capture the
+gradients must be those of the step before, the learning rate and λ should be tensors (a number is recorded as it is),
+and the plan must outlive the graph.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch, polar, root, tables, whole
+from .buckets import MODES, has, on_device, plan_supports
+from .update_tiles import FIXED, PARAM, SCALARS, _prepare, _update
+
+__all__ = ["UpdatePlan", "plan_supports"]
+
+
+class UpdatePlan:
+    """The launches of one bucket.
+
+    Matrices are numbered slab by slab, T in all; what is said of each is in that order.
+
+    Args:
+        rule: "polar", "eigen", "adam", "whiten", "momentum" or "row".
+        slabs: the bucket. Of the gradients only shapes and dtype count here; `load` says where they are.
+
+    Attributes:
+        hyper: learning rate, betas, eps, decay, maximize; replace or change it between steps.
+        damping: λ of "polar", likewise; a number or a 0-d tensor that is read on the device.
+
+    Raises:
+        ValueError: `plan_supports` refuses the bucket.
+        RuntimeError: during a CUDA graph capture.
+    """
+
+    def __init__(self, rule: str, slabs: Sequence[Any]) -> None:
+        if not plan_supports(rule, slabs):
+            raise ValueError(f"no kernels take this bucket of {len(slabs)} slabs for {rule!r}")
+        first = slabs[0]
+        self.hyper, self.damping = first.hyper, getattr(first, "damping", 0.1)
+        self._modes = MODES[rule]
+        self._r = r = first.exp_avg.shape[first.rank_dim]
+        self._rp = rp = launch.padded(r, 16)
+        self._device = device = first.exp_avg.device
+        self._step = first.step
+        self._dtypes = (first.params[0].dtype, first.grads[0].dtype, first.exp_avg.dtype)
+        self._shapes = [s.exp_avg.shape[1:] for s in slabs for _ in s.params]
+        self._numels = [math.prod(shape) for shape in self._shapes]
+        self._count = len(self._shapes)
+        self._c = c = _config("update", rp)
+        self._lengths = tuple(s.exp_avg.shape[3 - s.rank_dim] for s in slabs for _ in s.params)
+        tiles, starts = tables.tiling(self._lengths, c.block)
+        counts = [-(-n // c.block) for n in self._lengths]
+        sides = [s.rank_dim for s in slabs for _ in s.params]
+        meta = [x for row in zip(self._lengths, sides, starts, counts, strict=True) for x in row]
+        self._most = launch.padded(max(counts), 1)
+        self._tiles = tables.upload(tiles, torch.int32, device)
+        self._meta = tables.upload(meta, torch.int32, device)
+        self._rates = [_rates(s) for s in slabs] if rule == "row" else None
+        fixed = [a for n, s in enumerate(slabs) for row in _fixed(s, self._rates and (self._rates[n],)) for a in row]
+        self._fixed = tables.upload(fixed, torch.int64, device)
+        self._has_m = any(fixed[3 :: FIXED.value])
+        self._has_k = any(fixed[4 :: FIXED.value])
+        self._has_known = any(fixed[5 :: FIXED.value])
+        self._straight = all(a % 16 == 0 for n in range(3) for a in fixed[n :: FIXED.value])
+        self._straight = self._straight and all(n % 16 == 0 for n in self._lengths)
+        self._scalars = torch.zeros(SCALARS.value, dtype=torch.float32, device=device)
+        # where the gradients are
+        self._addresses: list[int] = []
+        self._gradients = self._scalars
+        self._captured: list[Tensor] = []
+        self._align = False
+        self._parts = _Parts(self)
+        runs = tables.tiling(tuple(self._numels), _config("nonfinite", 0).block)[0]
+        self._runs = tables.upload(runs, torch.int32, device)
+        self._sizes = tables.upload(self._numels, torch.int32, device)
+        # what a step works in
+        self._partials = self._steps = self._scalars
+        if rule == "momentum":
+            self._partials = torch.empty(len(tiles), dtype=torch.float32, device=device)
+        if rule == "polar":
+            wide = torch.float32 if self._dtypes[0] == torch.float16 else self._dtypes[0]
+            self._steps = torch.empty(sum(counts) * c.block * r, dtype=wide, device=device)
+            self._grams = torch.empty(self._parts.count, r, r, dtype=torch.float32, device=device)
+            self._totals = torch.empty(self._count, r, r, dtype=torch.float32, device=device)
+            self._partials = torch.empty_like(self._totals)
+            self._work = root.workspace(self._count, r, self._totals)
+            self._coefficients = root.Coefficients(r, device)
+        # everything of a step that is uploaded is uploaded here, so that the first step may be captured after `load`
+        if rule == "polar":
+            self._coefficients.follow(self.damping)
+
+    def load(self, grads: Sequence[Tensor]) -> bool:
+        """Take the gradients of this step, T matrices; upload their addresses if they are not those of the last step.
+
+        Returns:
+            False if the plan was made for others: another number, dtype, shape or device, or not contiguous. Then
+            nothing has changed.
+
+        Raises:
+            RuntimeError: the addresses have changed during a CUDA graph capture.
+        """
+        if len(grads) != self._count or not all(map(Tensor.is_contiguous, grads)):
+            return False
+        addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self._addresses:
+            same = all(g.shape == shape for g, shape in zip(grads, self._shapes, strict=True))
+            if not (same and grads[0].device == self._device and launch.plain(grads, (self._dtypes[1],))):
+                return False
+            self._gradients = tables.upload(addresses, torch.int64, self._device)
+            self._addresses = addresses
+            self._align = self._straight and all(a % 16 == 0 for a in addresses)
+        if tables.capturing(self._device) and not any(t is self._gradients for t in self._captured):
+            self._captured.append(self._gradients)  # the graph reads it at every replay
+        return True
+
+    def release(self) -> None:
+        """Let go of the gradients, of which a plan keeps addresses alone."""
+
+    def nonfinite_(self, flag: Tensor) -> None:
+        """Set ``flag``, 0-d float32, to one if any gradient is not finite; leave it else."""
+        c = _config("nonfinite", 0)
+        launch.run(
+            whole._nonfinite, (len(self._runs) // 2,), self._runs, self._gradients, self._sizes, flag,
+            GT=launch.TYPES[self._dtypes[1]], BLOCK=c.block, ALIGN=self._align, num_warps=c.warps,
+        )  # fmt: skip
+
+    def step(self, found_inf: Tensor) -> None:
+        """Take the rule's step with the gradients loaded last; nothing changes where ``found_inf`` (0-d) is not 0."""
+        h = self.hyper
+        lr_on_device = on_device(h.lr)
+        logs = [launch.split(math.log(max(float(beta), 1e-300))) for beta in (h.beta1, h.beta2)]
+        launch.run(
+            _prepare, (1,), self._step, found_inf, self._scalars, h.lr if lr_on_device else float(h.lr),
+            *logs[0], *logs[1], 1.0 - float(h.beta1), float(h.beta2), 1.0 - float(h.beta2), float(h.eps),
+            float(h.weight_decay), -1.0 if h.maximize else 1.0, LR_ON_DEVICE=lr_on_device, num_warps=1,
+        )  # fmt: skip
+        if self._modes == MODES["polar"]:
+            self._equalise()
+        c, types = self._c, [launch.TYPES[dtype] for dtype in self._dtypes]
+        for mode in self._modes:
+            launch.run(
+                _update, (len(self._tiles) // 2,), self._tiles, self._fixed, self._gradients, self._meta,
+                self._scalars, self._partials, self._steps,
+                MODE=mode.value, R=self._r, RP=self._rp, BD=c.block, NP=self._most,
+                PT=types[0], GT=types[1], ST=types[2], PREC=c.precision,
+                HAS_M=self._has_m, HAS_K=self._has_k, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages,
+            )  # fmt: skip
+
+    def _equalise(self) -> None:
+        """Advance the moments, write u, and make the matrices that act on it."""
+        parts, c, r = self._parts, self._parts.c, self._r
+        launch.run(
+            polar._advance, (parts.count,), parts.table, self._fixed, self._gradients, self._meta, self._scalars,
+            self._steps, self._grams,
+            T=parts.group, R=r, RP=self._rp, BD=c.block, UB=self._c.block, GT=launch.TYPES[self._dtypes[1]],
+            ST=launch.TYPES[self._dtypes[2]], UT=launch.TYPES[self._steps.dtype], PREC=c.precision,
+            HAS_M=self._has_m, HAS_K=self._has_k, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+        grams = parts.sums(self._grams, self._totals)
+        count = self._coefficients.follow(self.damping)
+        launch.run(
+            root._equalise, (self._count,), grams, self._fixed, self._coefficients.values, self._coefficients.damping,
+            self._work, self._partials,
+            HAS_K=self._has_k, HAS_KNOWN=self._has_known, HAS_M=self._has_m, ON_DEVICE=self._coefficients.on_device,
+            STAGES=count, R=r, **root.constants_of(r),
+        )  # fmt: skip
+
+    def grams(self, of: str) -> Tensor:
+        """Return X Xᵀ, rank first, of every matrix, ``[T, r, r]`` float32; X the "gradients" or the "params".
+
+        The relative error is that of float32 sums: below 1e-6, at 16-bit X as at float32.
+        """
+        if of not in ("gradients", "params"):
+            raise ValueError(f'of must be "gradients" or "params", got {of!r}')
+        parts, c, r = self._parts, self._parts.c, self._r
+        gradients = of == "gradients"
+        out = torch.empty(parts.count, r, r, dtype=torch.float32, device=self._device)
+        launch.run(
+            whole._grams, (parts.count,), parts.table, self._gradients if gradients else self._fixed, self._meta, out,
+            STRIDE=1 if gradients else FIXED.value, T=parts.group, R=r, RP=self._rp, BD=c.block,
+            XT=launch.TYPES[self._dtypes[1 if gradients else PARAM.value]], PREC=c.precision,
+            ALIGN=self._align if gradients else self._straight, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+        return parts.sums(out, None)
+
+    def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None:
+        """Map the rank side of every matrix in place, then clear rows i ≥ k; nothing where ``found_inf`` is not 0.
+
+        Args:
+            of: "params": X ← M X; "moments": m ← M m, v ← (M ∘ M) v.
+            M: ``[T, r, r]``, or None for the identity.
+            k: ``[T]`` int64 ranks; rows from there on become exactly zero, whatever they hold. None clears none.
+            found_inf: 0-d.
+
+        Computed in float32: the error of an entry is at most about r · 6e-8 · Σ|M||x|, and one rounding to what is
+        stored.
+        """
+        if of not in ("params", "moments"):
+            raise ValueError(f'of must be "params" or "moments", got {of!r}')
+        M = None if M is None else M.to(torch.float32).contiguous()
+        for given, dtype, shape in ((M, torch.float32, (self._r, self._r)), (k, torch.int64, ())):
+            if given is None:
+                continue
+            fits = given.device == self._device and launch.plain([given], (dtype,))
+            if not fits or given.shape != (self._count, *shape):
+                raise ValueError(f"expected a contiguous {dtype} tensor of shape {(self._count, *shape)}")
+        c = _config("update", self._rp)
+        moments = of == "moments"
+        launch.run(
+            whole._transform, (len(self._tiles) // 2,), self._tiles, self._fixed, self._meta,
+            self._scalars if M is None else M, self._tiles if k is None else k, found_inf,
+            MOMENTS=moments, R=self._r, RP=self._rp, BD=c.block, XT=launch.TYPES[self._dtypes[2 if moments else 0]],
+            PREC=c.precision, HAS_M=M is not None, HAS_K=k is not None, ALIGN=self._straight,
+            num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+
+
+class _Parts:
+    """How Gram matrices are cut: each program sums ``group`` tiles of a matrix, and the programs' sums are added."""
+
+    def __init__(self, plan: UpdatePlan) -> None:
+        self.c = c = _config("polar", plan._rp)
+        self.group = min(c.group, launch.padded(-(-max(plan._lengths) // c.block), 1))
+        span = self.group * c.block
+        parts, first = tables.tiling(plan._lengths, span)
+        counts = [-(-n // span) for n in plan._lengths]
+        self.count, self._tensors, self._r = len(parts) // 2, len(counts), plan._r
+        self.table = tables.upload(parts, torch.int32, plan._device)
+        self._most = launch.padded(max(counts), 1)
+        ranges = [x for pair in zip(first, counts, strict=True) for x in pair]
+        self._ranges = tables.upload(ranges, torch.int32, plan._device)
+
+    def sums(self, grams: Tensor, out: Tensor | None) -> Tensor:
+        """Return the sums ``[T, r, r]`` of the programs' Gram matrices, in ``out``; or as they are."""
+        if self.count == self._tensors:
+            return grams
+        c = _config("total", 0)
+        out = grams.new_empty(self._tensors, self._r, self._r) if out is None else out
+        launch.run(
+            polar._total, (self._tensors, triton.cdiv(self._r**2, c.block)), grams, self._ranges, out,
+            NP=self._most, RR=self._r**2, BLOCK=c.block, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+        return out
+
+
+def _config(op: str, rp: int) -> launch.Config:
+    c = launch.config(op, rp)
+    assert c is not None, "shipped wherever updates are"
+    return c
+
+
+def _rates(s: Any) -> Tensor | None:
+    """Return the learning rates of a slab's directions on its device, or None if all are one."""
+    return tables.upload(s.rates, torch.float32, s.exp_avg.device) if has(s, "rates") else None
+
+
+def _fixed(s: Any, rates: tuple[Tensor | None] | None) -> list[tuple[int, ...]]:
+    """Return the columns of ``fixed`` for every matrix of a slab: p, m, v, the rule's matrix or its rates, k, known."""
+    L = len(s.params)
+    null = [0] * L
+    matrix = tables.addresses(s.matrix) if has(s, "matrix") else null
+    if rates is not None:
+        matrix = [0 if rates[0] is None else rates[0].data_ptr()] * L
+    p, m, v = [t.data_ptr() for t in s.params], tables.addresses(s.exp_avg), tables.addresses(s.exp_avg_sq)
+    k, known = (tables.addresses(getattr(s, name)) if has(s, name) else null for name in ("k", "known"))
+    return list(zip(p, m, v, matrix, k, known, strict=True))
