@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from curvopt import GritKFAC, find_lora_pairs
+from curvopt import GritKFAC
+from curvopt.integrations.factory import build_optimizer
 
 
 class OptimizerFactory:
@@ -29,9 +31,9 @@ class OptimizerFactory:
     def __call__(
         self,
         model: nn.Module,
-        *,
-        optimizer: type[Optimizer] = GritKFAC,
         args: TrainingArguments | None = None,
+        *,
+        optimizer: str | Callable[..., Optimizer] = GritKFAC,
         **kwargs: Any,
     ) -> Optimizer:
         """Return the optimizer of a model.
@@ -40,23 +42,16 @@ class OptimizerFactory:
 
         Args:
             model: the model, before Trainer wraps it.
-            optimizer: the class; it is called with param groups and ``model=``.
             args: where lr, betas, eps and weight decay come from if ``kwargs`` do not say.
-            kwargs: the optimizer's arguments.
+            optimizer: the class, which is called with param groups and ``model=``; or a name that
+                `curvopt.integrations.build_optimizer` knows.
+            kwargs: the optimizer's arguments; strings are parsed.
         """
         if args is not None:
             betas = (args.adam_beta1, args.adam_beta2)
             said = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
             kwargs = {**said, "weight_decay": args.weight_decay, **kwargs}
-        adapted = {p for pair in find_lora_pairs(model, kwargs.get("adapter")) for p in (pair.A, pair.B)}
-        params = [p for p in model.parameters() if p.requires_grad or p in adapted]
-        if not kwargs.get("weight_decay"):
-            return optimizer(params, model=model, **kwargs)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in params if p.ndim >= 2]},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return optimizer([g for g in groups if g["params"]], model=model, **kwargs)
+        return build_optimizer(model, optimizer, **kwargs)
 
 
 class CurvatureCallback(TrainerCallback):
