@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from curvopt.demo import task
 
 
-def parser(doc: str, name: str, *, steps: int = 200, lr: float = 1e-2) -> argparse.ArgumentParser:
+def parser(doc: str, name: str, *, steps: int = 200, lr: float = 1e-2, batch: int = 8) -> argparse.ArgumentParser:
     """The options that all examples have."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--steps", type=int, default=steps, help="optimizer steps (default %(default)s)")
     options.add_argument("--lr", type=float, default=lr, help="learning rate (default %(default)s)")
     options.add_argument("--rank", type=int, default=8, help="LoRA rank (default %(default)s)")
-    options.add_argument("--batch", type=int, default=8, help="sequences or images a step (default %(default)s)")
+    options.add_argument("--batch", type=int, default=batch, help="sequences or images a step (default %(default)s)")
     options.add_argument("--length", type=int, default=64, help="tokens of a sequence (default %(default)s)")
     options.add_argument("--out", type=Path, default=Path("runs") / name, help="output folder (default %(default)s)")
     options.add_argument("--cache", type=Path, default=task.default_cache(), help="base model (default %(default)s)")

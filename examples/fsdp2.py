@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     model = lora_model(base, args.rank)
     optimizer = GritKFAC(model, lr=args.lr)  # before sharding or afterwards
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         loss = model(input_ids=mine, labels=mine).loss
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
 
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -10,6 +10,7 @@ with zeros to one rank.
 import copy
 
 import common
+import torch
 from peft import PeftModel
 from tqdm import tqdm
 
@@ -35,14 +36,17 @@ def main(argv: list[str] | None = None) -> list[float]:
         then=lambda model: GritKFAC(model, lr=args.lr),
     )
 
+    steps = args.calibration + args.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)  # also after the hand-over
+
     losses = []
     model.train()
-    steps = args.calibration + args.steps
     for x in tqdm(batches(text.topics, args.batch, args.length, steps, seed=0), total=steps):
         optimizer.zero_grad()
         loss = model(input_ids=x, labels=x).loss
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
 
     after = evaluate(model, text.topics_heldout, args.length)

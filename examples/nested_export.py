@@ -8,6 +8,7 @@ The forward pass is untouched: the optimizer trains the leading directions to be
 import copy
 
 import common
+import torch
 from peft import PeftModel
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     before = evaluate(model, text.topics_heldout, args.length)
     ranks = [2**i for i in range(args.rank.bit_length()) if 2**i <= args.rank]
     optimizer = MatryoshkaScaledAdam(model, lr=args.lr, ranks=ranks)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
 
     losses = []
     model.train()
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         loss = model(input_ids=x, labels=x).loss
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
 
     after = {}

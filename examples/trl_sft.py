@@ -2,8 +2,8 @@
 
     python examples/trl_sft.py
 
-TRL's trainers are transformers Trainers: the optimizer gets in as in hf_trainer.py. DPOTrainer and GRPOTrainer take the
-same argument.
+TRL's trainers are transformers Trainers: the optimizer gets in as in hf_trainer.py. DPOTrainer and GRPOTrainer take
+the optimizer itself: `optimizers=(GritKFAC(model, lr=...), None)`.
 """
 
 import common

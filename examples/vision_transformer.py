@@ -51,7 +51,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> list[float]:
     """Train; return the losses."""
-    args = common.parser(__doc__, "vision_transformer", lr=5e-3).parse_args(argv)
+    args = common.parser(__doc__, "vision_transformer", lr=5e-3, batch=32).parse_args(argv)
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,

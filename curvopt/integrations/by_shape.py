@@ -37,9 +37,7 @@ class GritKFAC(curvopt.GritKFAC):
     def __init__(
         self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], lr: float | Tensor | str = 1e-3, **options: Any
     ) -> None:
-        options["lr"] = lr
-        texts = {name: value for name, value in options.items() if isinstance(value, str)}
-        options = {**options, **parse_options(texts, curvopt.GritKFAC)}
+        options = parse_options({"lr": lr, **options}, curvopt.GritKFAC)
         options.setdefault("statistics", "gradient")
         super().__init__(name_by_shape(params), **options)
 

@@ -41,8 +41,7 @@ def build_optimizer(
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}")
         optimizer = OPTIMIZERS[optimizer]
-    texts = {name: value for name, value in options.items() if isinstance(value, (str, list))}
-    options = {**options, **parse_options(texts, optimizer)}
+    options = parse_options(options, optimizer)
     if "statistics" in inspect.signature(optimizer).parameters and "statistics" not in options:
         reason = fused_lora(model)
         if reason:

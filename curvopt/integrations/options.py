@@ -28,7 +28,7 @@ def parse_options(
 
     Args:
         options: ``"name=value,name=value"`` (a value may contain commas), such strings in a list, or a mapping. Values
-            of a mapping that are no strings are taken as they are, lists as tuples.
+            of a mapping that are no strings are taken as they are, lists and other sequences as tuples.
         optimizer: The class or function whose signature, with its annotations, says what there is.
         ignore: Names to leave out, whatever their value.
 
@@ -44,12 +44,12 @@ def parse_options(
     for name, value in _entries(options):
         if name in ignore:
             continue
-        if name not in kinds:
+        if name not in kinds and not _takes_anything(optimizer):
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             title = getattr(optimizer, "__name__", type(optimizer).__name__)
             raise ValueError(f"{name} must be an argument of {title} ({', '.join(kinds)}), got {value!r}{hint}")
-        found[name] = parse_value(name, value, kinds[name])
+        found[name] = parse_value(name, value, kinds.get(name, Any))
     return found
 
 
@@ -58,17 +58,15 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:
 
     Args:
         name: The argument, for the message.
-        value: The string; anything else is returned as it is, a list as a tuple.
+        value: The string; anything else is returned as it is, lists and other sequences as tuples.
         kind: An annotation: ``float``, ``int``, ``bool``, ``str``, ``None``, a ``Literal``, a tuple of these, or a
             union; parts of a union that no string can say are passed over.
 
     Raises:
         ValueError: The string is none of what is allowed.
     """
-    if isinstance(value, list):
-        return tuple(value)
     if not isinstance(value, str):
-        return value
+        return tuple(value) if isinstance(value, Sequence) else value
     text = value.strip()
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
@@ -113,6 +111,10 @@ def _kinds(optimizer: Callable[..., Any]) -> dict[str, Any]:
         guess = Any if parameter.default in (parameter.empty, None) else type(parameter.default)
         kinds[name] = hints.get(name, guess)
     return kinds
+
+
+def _takes_anything(optimizer: Callable[..., Any]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(optimizer).parameters.values())
 
 
 def _members(kind: Any) -> list[Any]:
