@@ -58,7 +58,9 @@ def report(
     out: Path, losses: Sequence[float], before: float, after: float, what: str = "loss on held-out text"
 ) -> None:
     """Plot the losses of a run into ``out/loss.png`` and print what it has come to."""
-    plot(out / "loss.png", {"training loss": list(losses)}, "step", "loss")
+    window = max(1, len(losses) // 10)
+    smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i + 1 - window) : i + 1])]
+    plot(out / "loss.png", {"training loss": losses, f"mean of {window}": smooth}, "step", "loss")
     print(f"{what}: {before:.4f} before, {after:.4f} after {len(losses)} steps; {out}/: loss.png and the adapter")
 
 
