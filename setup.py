@@ -12,6 +12,19 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "analysis": ["scipy>=1.11", "matplotlib>=3.8"],
     "demo": ["peft>=0.15", "transformers>=4.50", "matplotlib>=3.8", "rich>=13"],
+    # what examples/ and the tests in other people's trainers run; not timm, whose torchvision must be of torch's build
+    "trainers": [
+        "peft>=0.15",
+        "transformers>=4.50",
+        "accelerate>=1.0",
+        "trl>=0.20",
+        "datasets>=3",
+        "lightning>=2.4",
+        "sentence-transformers>=4",
+        "scikit-learn>=1.4",
+        "matplotlib>=3.8",
+        "tqdm",
+    ],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",

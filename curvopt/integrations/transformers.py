@@ -8,14 +8,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from curvopt import GritKFAC, find_lora_pairs
+from curvopt import GritKFAC
+from curvopt.integrations.factory import build_optimizer
 
 
 class OptimizerFactory:
@@ -29,9 +33,9 @@ class OptimizerFactory:
     def __call__(
         self,
         model: nn.Module,
-        *,
-        optimizer: type[Optimizer] = GritKFAC,
         args: TrainingArguments | None = None,
+        *,
+        optimizer: str | Callable[..., Optimizer] = GritKFAC,
         **kwargs: Any,
     ) -> Optimizer:
         """Return the optimizer of a model.
@@ -40,23 +44,16 @@ class OptimizerFactory:
 
         Args:
             model: the model, before Trainer wraps it.
-            optimizer: the class; it is called with param groups and ``model=``.
             args: where lr, betas, eps and weight decay come from if ``kwargs`` do not say.
-            kwargs: the optimizer's arguments.
+            optimizer: the class, which is called with param groups and ``model=``; or a name that
+                `curvopt.integrations.build_optimizer` knows.
+            kwargs: the optimizer's arguments; strings are parsed.
         """
         if args is not None:
             betas = (args.adam_beta1, args.adam_beta2)
             said = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
             kwargs = {**said, "weight_decay": args.weight_decay, **kwargs}
-        adapted = {p for pair in find_lora_pairs(model, kwargs.get("adapter")) for p in (pair.A, pair.B)}
-        params = [p for p in model.parameters() if p.requires_grad or p in adapted]
-        if not kwargs.get("weight_decay"):
-            return optimizer(params, model=model, **kwargs)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in params if p.ndim >= 2]},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return optimizer([g for g in groups if g["params"]], model=model, **kwargs)
+        return build_optimizer(model, optimizer, **kwargs)
 
 
 class CurvatureCallback(TrainerCallback):
@@ -66,21 +63,32 @@ class CurvatureCallback(TrainerCallback):
     that the adapters began with), ``effective_rank`` (mean of exp of the entropy of σ²) and ``skipped_updates``;
     they are also in ``trainer.state.log_history``.
 
+    While it trains, padding is kept out of the statistics, as the batches' ``attention_mask`` says (`mask_padding`).
+
     Args:
         compact: at the end of training slice every adapter to its live rank, so that ``save_model`` saves it small.
         path: where `curvopt.analysis.Recorder` keeps a record by pair, written by the first process; None for none.
         every: steps between two records.
         prefix: what the names begin with.
+        mask_padding: False leaves padding in the statistics.
 
     Raises:
         ValueError: ``compact`` with ``load_best_model_at_end``: the ranks at the end are not those of the best model.
     """
 
     def __init__(
-        self, *, compact: bool = False, path: str | Path | None = None, every: int = 50, prefix: str = "curvopt/"
+        self,
+        *,
+        compact: bool = False,
+        path: str | Path | None = None,
+        every: int = 50,
+        prefix: str = "curvopt/",
+        mask_padding: bool = True,
     ) -> None:
         self.compact = compact
         self.prefix = prefix
+        self.mask_padding = mask_padding
+        self._hook: RemovableHandle | None = None
         self._full: dict[str, int] = {}
         self._recorder: Any = None
         if path is not None:
@@ -96,7 +104,7 @@ class CurvatureCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse settings that cannot go together; remember the ranks."""
+        """Refuse settings that cannot go together; remember the ranks; watch for masks."""
         if self.compact and args.load_best_model_at_end:
             raise ValueError(
                 "compact must be False with load_best_model_at_end=True, got True: "
@@ -104,6 +112,9 @@ class CurvatureCallback(TrainerCallback):
             )
         for pair in getattr(acting(kwargs["optimizer"]), "pairs", ()):
             self._full.setdefault(pair.name, pair.rank)
+        self._unhook()
+        if self.mask_padding and kwargs.get("model") is not None:
+            self._hook = mask_padding(kwargs["model"], kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step."""
@@ -129,9 +140,15 @@ class CurvatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Compact the adapters if asked."""
+        self._unhook()
         optimizer = acting(kwargs["optimizer"])
         if self.compact and hasattr(optimizer, "compact"):
             optimizer.compact()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def summary(self, optimizer: Any) -> dict[str, float]:
         """Return the numbers that are logged; reads the device."""
@@ -147,6 +164,29 @@ class CurvatureCallback(TrainerCallback):
             out |= {"min_rank": min(ranks.values()), "max_rank": max(ranks.values())}
         effective = [pair["effective_rank"] for pair in pairs.values() if "effective_rank" in pair]
         return out | ({"effective_rank": sum(effective) / len(effective)} if effective else {})
+
+
+def mask_padding(model: nn.Module, optimizer: Any) -> RemovableHandle:
+    """Keep padding out of the statistics: hand every batch's ``attention_mask`` to the optimizer.
+
+    Args:
+        model: a model of transformers, or a PEFT model around one, that is called with ``attention_mask=``, of shape
+            (batch, length), 1 for a token and 0 for padding. Masks of other shapes, and calls without one, count all
+            rows.
+        optimizer: what trains it; anything but GritKFAC is left alone. It may be wrapped by Accelerate.
+
+    Returns:
+        The handle of the hook, whose ``remove()`` ends it.
+    """
+    watched = weakref.ref(optimizer)
+
+    def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask_rows = getattr(acting(watched()), "mask_rows", None)
+        if mask_rows is not None:
+            mask = kwargs.get("attention_mask")
+            mask_rows(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+    return model.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def acting(optimizer: Any) -> Any:

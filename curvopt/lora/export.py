@@ -1,4 +1,4 @@
-"""Write one adapter of a PEFT model as a plain folder, cut or padded to other ranks."""
+"""Write one adapter of a PEFT model as a plain folder, at other ranks, for the program that will read it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -25,6 +26,35 @@ from curvopt.lora.resize import (
     set_patterns,
 )
 
+Target = Literal["peft", "vllm", "sglang", "tensorrt-llm", "llama.cpp", "hotswap", "diffusers"]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How a program computes the update of a layer from the files.
+
+    Attributes:
+        scale: What B A is multiplied by. "pattern": alpha over rank, both by layer, as the config's patterns say;
+            "config": `lora_alpha` over `r`, one number for all layers; "tensor": `lora_alpha` over the rank of each
+            tensor; "one": nothing.
+        refuses: Settings of a PEFT config whose tensors it does not read.
+    """
+
+    scale: Literal["pattern", "config", "tensor", "one"]
+    refuses: tuple[str, ...] = ("modules_to_save", "bias", "lora_bias", "use_dora")
+
+
+_READERS: dict[str, _Reader] = {
+    "peft": _Reader("pattern", ()),
+    "vllm": _Reader("config"),
+    "sglang": _Reader("config"),
+    "hotswap": _Reader("config", ("modules_to_save", "bias")),
+    "tensorrt-llm": _Reader("tensor"),
+    "llama.cpp": _Reader("tensor"),
+    "diffusers": _Reader("one", ("modules_to_save", "bias", "use_dora")),
+}
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
 
 def export_adapter(
     model: nn.Module,
@@ -33,8 +63,25 @@ def export_adapter(
     adapter: str | None = None,
     ranks: Mapping[str, int] | int | None = None,
     pad_to: int | None = None,
+    target: Target = "peft",
+    prefix: str = "transformer",
 ) -> Path:
     """Write one adapter of a PEFT model as a plain adapter folder, optionally of other ranks; the model is untouched.
+
+    PEFT reads a rank and an alpha for each layer, other programs read less. `target` says which program the folder is
+    for; ΔW as that program computes it equals ΔW of the model.
+
+    - ``"peft"``: ranks and alphas as they are, with `rank_pattern` and `alpha_pattern`.
+    - ``"vllm"``, ``"sglang"``: one rank and one alpha. Smaller ranks are filled with zeros, scalings that differ are
+      folded into B. The server's `max_lora_rank` must be at least that rank.
+    - ``"hotswap"``: the same, for `peft.utils.hotswap`. Give `pad_to` the largest rank of all adapters to be swapped.
+    - ``"tensorrt-llm"``, ``"llama.cpp"`` (for `convert_lora_to_gguf.py`): ranks as they are and one alpha, which the
+      program divides by the rank of each tensor; what remains of the scaling is folded into B.
+    - ``"diffusers"``: one file, `pytorch_lora_weights.safetensors`: ranks as they are, the scaling folded into B, names
+      that begin with `prefix`.
+
+    All but ``"diffusers"`` are PEFT folders too. Folding multiplies B, of any dtype, once, so ΔW is equal to a rounding
+    of that dtype; padding is exact.
 
     Args:
         model: A `PeftModel`, unwrapped.
@@ -42,19 +89,24 @@ def export_adapter(
         adapter: Which adapter; None means the active one.
         ranks: Keep the leading rows and columns: {pair name: rank}, or one number for all pairs that have more.
         pad_to: Afterwards fill every pair with zeros to this rank, and put its scaling into B as far as `r` and
-            `lora_alpha` alone cannot say it, for programs that do not read patterns.
+            `lora_alpha` alone cannot say it. None pads to the largest rank where `target` needs one rank, else not.
+        target: The program that will read the folder.
+        prefix: For ``"diffusers"``: the part of the pipeline that the model is, ``"transformer"`` or ``"unet"``.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: If `model` is no PeftModel or a rank no integer.
-        ValueError: If the adapter or a name is unknown, a rank is out of range, or the adapter has parts that cannot be
-            cut or padded (a layer that is no plain pair, an initialisation that moved the base weights).
+        ValueError: If the adapter, the target or a name is unknown, a rank is out of range, the adapter has parts that
+            cannot be cut or padded (a layer that is no plain pair, an initialisation that moved the base weights), or
+            parts that the target does not read (saved modules, biases, DoRA magnitudes).
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not callable(getattr(model, "get_base_model", None)):
         raise TypeError(f"model must be an unwrapped PeftModel, got {type(model).__name__}")
+    if target not in _READERS:
+        raise ValueError(f"target must be one of {', '.join(map(repr, get_args(Target)))}, got {target!r}")
     for word, value in (("ranks", ranks), ("pad_to", pad_to)):
         if value is not None and not isinstance(value, (int, Mapping) if word == "ranks" else int):
             raise TypeError(f"{word} must be an int, got {type(value).__name__}")
@@ -62,27 +114,57 @@ def export_adapter(
     if chosen not in configs:
         raise ValueError(f"adapter {chosen!r} is unknown; the model has {sorted(configs)}")
     live = configs[chosen]
+    _check_readable(live, target)
     config = copy.deepcopy(live)
+    if target == "hotswap":
+        config.lora_dropout = 0.0  # compared between adapters, though nothing is dropped at inference
     state = model.state_dict()
-    if ranks is not None or pad_to is not None:
-        _reshape(model, chosen, config, state, ranks, pad_to)
-    target = Path(path)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    if ranks is not None or pad_to is not None or target != "peft":
+        _reshape(model, chosen, config, state, ranks, pad_to, target)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             configs[chosen] = config
             model.save_pretrained(scratch, selected_adapters=[chosen], state_dict=state)
         finally:
             configs[chosen] = live
         nested = Path(scratch) / chosen  # where PEFT puts every adapter but "default"
-        shutil.copytree(nested if nested.is_dir() else scratch, target, dirs_exist_ok=True)
-    return target
+        written = nested if nested.is_dir() else Path(scratch)
+        if target == "diffusers":
+            _write_for_diffusers(written, folder, prefix)
+        else:
+            shutil.copytree(written, folder, dirs_exist_ok=True)
+    return folder
+
+
+def _check_readable(config: Any, target: str) -> None:
+    """Raise a ValueError if the adapter has tensors that the target does not read."""
+    for field in _READERS[target].refuses:
+        value = getattr(config, field, None)
+        if value not in (None, False, "none", [], ()):
+            raise ValueError(f"{target} does not read {field}={value!r}; target='peft' writes it")
+
+
+def _write_for_diffusers(written: Path, folder: Path, prefix: str) -> None:
+    """Turn the file that PEFT has written into the one that diffusers looks for."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(written / "adapter_model.safetensors")
+    named = {f"{prefix}.{name.removeprefix('base_model.model.')}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / _DIFFUSERS_FILE, metadata={"format": "pt"})
 
 
 def _reshape(
-    model: nn.Module, adapter: str, config: Any, state: dict[str, Tensor], ranks: Any, pad_to: int | None
+    model: nn.Module,
+    adapter: str,
+    config: Any,
+    state: dict[str, Tensor],
+    ranks: Any,
+    pad_to: int | None,
+    target: str,
 ) -> None:
-    """Cut and pad what is to be written: `config` and `state` are changed, the tensors of the model are not."""
+    """Cut, pad and scale what is to be written: `config` and `state` are changed, the tensors of the model are not."""
     if moved_base(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} moved the base weights: first convert the adapter to a "
@@ -91,21 +173,30 @@ def _reshape(
     pairs = find_lora_pairs(model, adapter)
     kept = _kept_ranks(pairs, ranks, adapter, pad_to)
     others = find_skipped(model)  # they go by the config's `r` too, and are written as they are
-    factors = dict.fromkeys(pairs, 1.0)
+    scale = _READERS[target].scale
+    if scale == "config" and pad_to is None:
+        pad_to = max(kept.values())
+    if others and (pad_to is not None or scale != "pattern"):
+        word = "pad_to" if target == "peft" else target
+        raise ValueError(f"{word}: {others[0][0]} is no plain pair ({others[0][1]})")
+    written = {pair: pad_to or kept[pair] for pair in pairs}
     scalings = {pair: saved_scaling(pair, pair.rank) for pair in pairs}
-    if pad_to is None:
-        alphas = {pair: alpha_for(scalings[pair], denominator(pair, kept[pair])) for pair in pairs}
-        _say(config, {pair.base_path: (kept[pair], alphas[pair]) for pair in pairs}, uniform_allowed=not others)
-    elif others:
-        raise ValueError(f"pad_to: {others[0][0]} is no plain pair ({others[0][1]})")
+    if scale == "pattern" and pad_to is None:
+        alphas = {pair: alpha_for(scalings[pair], denominator(pair, written[pair])) for pair in pairs}
+        factors = dict.fromkeys(pairs, 1.0)
     else:
-        common, alpha = scalings[pairs[0]], alpha_for(scalings[pairs[0]], pad_to)
-        if len(set(scalings.values())) > 1 or not isinstance(alpha, int):
-            common, alpha = 1.0, pad_to
-        factors = {pair: scalings[pair] / common for pair in pairs}
         config.use_rslora = False
-        _say(config, {pair.base_path: (pad_to, alpha) for pair in pairs})
+        alphas = dict(written) if scale == "one" else dict.fromkeys(pairs, _common_alpha(scalings, written))
+        factors = {pair: scalings[pair] / (alphas[pair] / written[pair]) for pair in pairs}
+    _say(config, {pair.base_path: (written[pair], alphas[pair]) for pair in pairs}, uniform_allowed=not others)
     _fill(model, state, kept, factors, pad_to)
+
+
+def _common_alpha(scalings: dict[LoraPair, float], ranks: dict[LoraPair, int]) -> int:
+    """The alpha that most pairs have at these ranks; where it is no integer, the largest rank."""
+    alphas = Counter(alpha_for(scalings[pair], rank) for pair, rank in ranks.items())
+    alpha, _ = alphas.most_common(1)[0]
+    return alpha if isinstance(alpha, int) and alpha > 0 else max(ranks.values())
 
 
 def _kept_ranks(pairs: list[LoraPair], ranks: Any, adapter: str, pad_to: int | None) -> dict[LoraPair, int]:

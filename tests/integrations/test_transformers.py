@@ -11,7 +11,7 @@ from loopkit_frameworks import arguments
 from transformers import Trainer, TrainerCallback
 
 from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
-from curvopt.integrations.transformers import CurvatureCallback, OptimizerFactory
+from curvopt.integrations.transformers import CurvatureCallback, OptimizerFactory, mask_padding
 from curvopt.optim.grit.diagnostics import steps_of
 
 DATA = [{"input_ids": ids, "labels": ids} for i in range(8) for ids in models.llama_ids(i)]
@@ -135,6 +135,58 @@ def test_other_optimizers_are_left_in_peace(tmp_path):
     CurvatureCallback(compact=True).install(done)
     done.train()
     assert not any(key.startswith("curvopt/") for entry in done.state.log_history for key in entry)
+
+
+# ---------------------------------------------------------------------------------------------- padding
+
+
+def padded_run(folder, pad, **kwargs):
+    """Three steps on rows of ten tokens, each followed by ``pad`` tokens of padding."""
+    model = models.llama(torch.float64, start="random")
+    optimizer = GritKFAC(model, lr=1e-2, inverse_every=1)
+    rows = []
+    for entry in DATA[:6]:
+        ids = torch.cat([entry["input_ids"], torch.zeros(pad, dtype=torch.int64)])
+        mask = (torch.arange(len(ids)) < 10).long()
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    args = arguments(str(folder), max_steps=3, per_device_train_batch_size=2)
+    done = Trainer(model, args, train_dataset=rows, optimizers=(optimizer, None))
+    CurvatureCallback(**kwargs).install(done)
+    hooks = models.hooks(model)
+    done.train()
+    assert models.hooks(model) == hooks
+    return models.snapshot(model), {pair["rows"] for pair in optimizer.diagnostics()["pairs"].values()}
+
+
+def test_padding_is_kept_out_of_the_statistics(tmp_path):
+    plain, rows = padded_run(tmp_path, 0)
+    padded, same_rows = padded_run(tmp_path, 7)
+    assert rows == same_rows == {3 * 20.0}
+    models.assert_near(padded, plain, 1e-8, 1e-10)
+
+
+def test_control_padding_counts_where_nobody_says_so(tmp_path):
+    plain, _ = padded_run(tmp_path, 0)
+    padded, rows = padded_run(tmp_path, 7, mask_padding=False)
+    assert rows == {3 * 34.0}
+    assert max((padded[name] - plain[name]).abs().max() for name in plain) > 1e-4
+
+
+def test_padding_by_hand_in_any_loop():
+    model = models.llama()
+    optimizer = GritKFAC(model)
+    handle = mask_padding(model, optimizer)
+    ids = models.llama_ids(0)
+    model(input_ids=ids, labels=ids, attention_mask=torch.tensor([[1] * 10, [1] * 4 + [0] * 6])).loss.backward()
+    optimizer.step()
+    assert {pair["rows"] for pair in optimizer.diagnostics()["pairs"].values()} == {14.0}
+    optimizer.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()  # no mask: all rows
+    optimizer.step()
+    assert {pair["rows"] for pair in optimizer.diagnostics()["pairs"].values()} == {34.0}
+    handle.remove()
+    mask_padding(model, torch.optim.SGD(model.parameters()))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 # ---------------------------------------------------------------------------------------------- the factory

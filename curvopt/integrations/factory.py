@@ -1,0 +1,74 @@
+"""What all trainers' plugins share: a model and some options in, an optimizer out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from curvopt import GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
+from curvopt.integrations.options import parse_options
+
+log = logging.getLogger(__name__)
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"grit": GritKFAC, "matryoshka": MatryoshkaScaledAdam}
+"""The names by which plugins know the optimizers."""
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: str | Callable[..., Optimizer] = "grit", **options: Any
+) -> Optimizer:  # fmt: skip
+    """Build an optimizer for a model with adapters.
+
+    Weight decay acts on matrices: adapters and saved modules, but no biases and norms. Where a library computes LoRA
+    layers in kernels of its own that never call ``lora_A`` (see `fused_lora`), hooks would stay silent: GritKFAC then
+    gets ``statistics="gradient"`` unless `options` say otherwise, and a warning is logged.
+
+    Args:
+        model: The model, before a trainer wraps it.
+        optimizer: ``"grit"``, ``"matryoshka"``, or a class that is called with param groups and ``model=``.
+        options: Its arguments; strings are parsed by `parse_options`.
+
+    Raises:
+        ValueError: An unknown name, an option that the optimizer does not have or that is out of range, or a model
+            without adapters.
+    """
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}")
+        optimizer = OPTIMIZERS[optimizer]
+    options = parse_options(options, optimizer)
+    if "statistics" in inspect.signature(optimizer).parameters and "statistics" not in options:
+        reason = fused_lora(model)
+        if reason:
+            log.warning('%s: hooks on lora_A would see nothing, so statistics="gradient" is used', reason)
+            options["statistics"] = "gradient"
+    adapted = {p for pair in find_lora_pairs(model, options.get("adapter")) for p in (pair.A, pair.B)}
+    params = [p for p in model.parameters() if p.requires_grad or p in adapted]
+    if not options.get("weight_decay"):
+        return optimizer(params, model=model, **options)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim >= 2]},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return optimizer([g for g in groups if g["params"]], model=model, **options)
+
+
+def fused_lora(model: nn.Module) -> str:
+    """Say what computes LoRA layers of a model without calling ``lora_A``; empty if nothing is known to.
+
+    Axolotl and unsloth put functions called ``apply_lora_…`` on attention and MLP modules, and unsloth replaces the
+    forward of PEFT's layers by one called ``unsloth_forward``.
+    """
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            name = getattr(value, "__name__", "") if callable(value) else ""
+            if name.startswith("apply_lora"):
+                return f"{path}.{attribute} is {name} of {getattr(value, '__module__', None) or 'an unknown module'}"
+        if getattr(type(module).forward, "__name__", "") == "unsloth_forward":
+            return f"{path} is computed by unsloth"
+    return ""

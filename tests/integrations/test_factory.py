@@ -1,0 +1,109 @@
+"""One factory behind all plugins: names, strings, weight decay, and models whose LoRA layers are computed elsewhere."""
+
+import logging
+import types
+
+import models
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from curvopt import GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
+from curvopt.integrations import build_optimizer
+from curvopt.integrations.factory import fused_lora
+
+
+def test_names_and_strings():
+    optimizer = build_optimizer(models.llama(), "grit", lr="1e-2", betas="0.8,0.9", inverse_every="3", update="eigen")
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is GritKFAC and len(optimizer.pairs) == 14
+    assert (group["lr"], group["betas"], group["inverse_every"]) == (1e-2, (0.8, 0.9), 3)
+    assert type(build_optimizer(models.llama(), "matryoshka", ranks="1,2,4")) is MatryoshkaScaledAdam
+    assert build_optimizer(models.llama(), MatryoshkaScaledAdam, ranks=[1, 4]).nested_ranks().popitem()[1] == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"optimizer": "adam"}, "optimizer must be one of 'grit', 'matryoshka', got 'adam'"),
+     ({"lr": "-1"}, "lr must be a number"), ({"update": "sign"}, "update must be one of"),
+     ({"damping": "much"}, "damping must be a number"), ({"dampening": "1"}, "did you mean damping")],
+)  # fmt: skip
+def test_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(models.llama(), **kwargs)
+
+
+def test_weight_decay_spares_norms_and_biases():
+    optimizer = build_optimizer(models.mlp(), weight_decay="0.1")
+    decays, plain = optimizer.param_groups
+    assert (decays["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in plain["params"]} == {1} and all(p.ndim >= 2 for p in decays["params"])
+
+
+# ------------------------------------------------------------------------------ kernels that never call lora_A
+
+
+def apply_lora_mlp_swiglu(self, x):
+    """An MLP block as a fused kernel has it: the products with A and B are its own, lora_A is not called."""
+
+    def adapted(layer, x):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return layer.base_layer(x) + layer.scaling["default"] * F.linear(F.linear(x, a), b)
+
+    return adapted(self.down_proj, F.silu(adapted(self.gate_proj, x)) * adapted(self.up_proj, x))
+
+
+def fused():
+    """A Llama with adapters on its MLPs, which are computed by the function above."""
+    model = models.llama(torch.float64, target_modules=["gate_proj", "up_proj", "down_proj"], start="random")
+    for module in model.modules():
+        if hasattr(module, "gate_proj"):
+            module.forward = types.MethodType(apply_lora_mlp_swiglu, module)
+    return model
+
+
+def test_fused_kernels_are_seen_and_gradients_used_instead(caplog):
+    model = fused()
+    assert "mlp.forward is apply_lora_mlp_swiglu" in fused_lora(model)
+    with caplog.at_level(logging.WARNING):
+        optimizer = build_optimizer(model, lr=1e-2)
+    assert optimizer.param_groups[0]["statistics"] == "gradient"
+    assert "apply_lora_mlp_swiglu" in caplog.text and 'statistics="gradient"' in caplog.text
+    models.fit(model, optimizer, 3)
+    report = optimizer.diagnostics()["pairs"].values()
+    assert all(pair["statistics"] == "gradient" and pair["A"]["condition"] > 1 for pair in report)
+
+    plain = models.llama(torch.float64, target_modules=["gate_proj", "up_proj", "down_proj"], start="random")
+    assert fused_lora(plain) == ""
+    by_hand = GritKFAC(plain, lr=1e-2, statistics="gradient")
+    models.fit(plain, by_hand, 3)
+    models.assert_near(models.snapshot(plain), models.snapshot(model), 1e-8, 1e-10)
+
+
+def test_control_hooks_on_fused_layers_stay_silent():
+    model = fused()
+    optimizer = build_optimizer(model, lr=1e-2, statistics="activation")  # what is said outright is done
+    with pytest.warns(UserWarning):
+        models.fit(model, optimizer, 3)
+    assert all(pair["rows"] == 0 for pair in optimizer.diagnostics()["pairs"].values())
+
+
+def test_a_layer_that_unsloth_has_compiled_is_seen():
+    """unsloth_zoo 2026.10 puts a function of this name in place of the forward of PEFT's classes."""
+
+    class Compiled(models.LoraLinear):
+        def unsloth_forward(self, x):
+            return models.LoraLinear.forward(self, x)
+
+        forward = unsloth_forward
+
+    model = nn.Sequential(Compiled(8, 8, 4))
+    assert fused_lora(model) == "0 is computed by unsloth"
+    assert build_optimizer(model).param_groups[0]["statistics"] == "gradient"
+    assert build_optimizer(models.mlp()).param_groups[0]["statistics"] == "activation"
+
+
+def test_optimizers_without_statistics_are_left_alone(caplog):
+    build_optimizer(fused(), "matryoshka")
+    assert caplog.text == "" and len(find_lora_pairs(fused())) == 6
