@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: test demo lint bench bench-full soak clean
+.PHONY: test demo lint bench bench-full device soak clean
 
 # torch first and pinned, so that nothing pulls another build; curvlinops without its torchvision, which nothing here uses
 $(READY): setup.py constraints.txt
@@ -44,6 +44,11 @@ bench-full: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/spectra.py
 	$(RUN) benchmarks/report.py
 	$(RUN) benchmarks/plots.py
+
+# on a machine with a GPU, torch and triton: kernels right and fast? less than five minutes, no network
+device:
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
+	$(PYTHON) benchmarks/device.py
 
 # 2,000 steps with accidents against the same steps without; about ten minutes on one core
 soak: $(READY)

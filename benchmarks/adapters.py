@@ -136,7 +136,7 @@ def heavy() -> dict[str, Factory]:
     def distributed(m: Adapters, **options: Any) -> torch.optim.Optimizer:
         grafting = ds.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8)
         return ds.DistributedShampoo(
-            m.trainable(), lr=LR, precondition_frequency=10, start_preconditioning_step=1,
+            m.trainable(), lr=LR, precondition_frequency=10, start_preconditioning_step=10,
             grafting_config=grafting, **options,
         )  # fmt: skip
 

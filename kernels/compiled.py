@@ -138,9 +138,11 @@ def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     for n, (p, g, s, u) in enumerate(variants):
         r = rp if n % 2 == 0 else 3 * rp // 4
         own = {"T": c.group, "R": r, "RP": rp, "BD": c.block, "UB": 64, "PREC": c.precision, "ALIGN": True}
+        own |= {"GRAM": c.gram or c.precision}
         own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_M": True, "HAS_K": True}
         yield Case(op, f"r={r} p={p} g={g} state={s}", polar._advance, types | {"steps": "*" + u, "grams": F32}, own, c)
-    own = {"STRIDE": 1, "T": c.group, "R": rp, "RP": rp, "BD": c.block, "PREC": c.precision, "ALIGN": True}
+    own = {"STRIDE": 1, "T": c.group, "R": rp, "RP": rp, "BD": c.block, "ALIGN": True}
+    own |= {"PREC": c.gram or c.precision}
     for g in ("fp32", "bf16"):
         given = {"parts": I32, "addresses": I64, "meta": I32, "grams": F32}
         yield Case(op, f"grams r={rp} {g}", whole._grams, given, own | {"XT": TYPE_NAMES[g]}, c)

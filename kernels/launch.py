@@ -34,6 +34,7 @@ class Config:
         stages: software pipelining depth of the loads.
         group: matrices per program, or tiles.
         precision: of products of float32 operands; never plain tf32.
+        gram: that of Gram matrices, if another.
         stack: bytes of stack a thread may take.
     """
 
@@ -42,6 +43,7 @@ class Config:
     stages: int = 1
     group: int = 1
     precision: str = "ieee"
+    gram: str = ""
     stack: int = 16
 
 
@@ -60,13 +62,15 @@ TABLE: dict[tuple[str, int], Config] = {
     ("eigenbasis", 32): Config(warps=4),
     ("eigenbasis", 64): Config(warps=8),
     ("eigenbasis", 128): Config(warps=16, stack=320),
-    ("update", 16): Config(block=64, warps=4),
+    # at 16 the products are few, and operands of matrix units take a quarter of the shared loads of multiply-adds
+    ("update", 16): Config(block=64, warps=4, precision="tf32x3"),
     ("update", 32): Config(block=32, warps=4),
     ("update", 64): Config(block=64, warps=8, precision="tf32x3"),
     ("update", 128): Config(block=32, warps=8, precision="tf32x3"),
     # as many tiles a program that its Gram matrix, written and read, is at most one of the 37 bytes an element moves
-    ("polar", 16): Config(block=64, warps=2, group=4),
-    ("polar", 32): Config(block=32, warps=4, group=16),
+    # few warps: operands of multiply-adds are loaded from shared memory once a warp, which was what held it up
+    ("polar", 16): Config(block=32, warps=1, group=8, gram="tf32x3"),
+    ("polar", 32): Config(block=32, warps=2, group=16, gram="tf32x3"),
     ("polar", 64): Config(block=32, warps=8, group=16, precision="tf32x3"),
     ("polar", 128): Config(block=32, warps=8, group=32, precision="tf32x3"),
     ("root", 16): Config(warps=2),
@@ -93,9 +97,12 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("gram32", 128, "sm_80"): None,  # spills half a kilobyte in the loop
     ("update", 64, "sm_100"): Config(block=32, warps=8, precision="tf32x3"),
     # tf32x3 does not exist there; float32 matrix instructions do
+    ("update", 16, "gfx942"): Config(block=64, warps=4),
     ("update", 64, "gfx942"): Config(block=32, warps=4),
     ("update", 128, "gfx942"): Config(block=16, warps=8),
     ("polar", 128, "sm_80"): Config(block=16, warps=8, group=64, precision="tf32x3"),
+    ("polar", 16, "gfx942"): Config(block=64, warps=4, group=4),
+    ("polar", 32, "gfx942"): Config(block=32, warps=4, group=16),
     ("polar", 64, "gfx942"): Config(block=32, warps=4, group=16),
     ("polar", 128, "gfx942"): Config(block=16, warps=8, group=64),
     ("root", 64, "gfx942"): Config(block=32, warps=8),
@@ -104,6 +111,36 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("gram32", 32, "gfx942"): Config(block=32, warps=4),
     ("gram32", 64, "gfx942"): Config(block=32, warps=4),
     ("gram32", 128, "gfx942"): Config(block=32, warps=8),
+}
+
+# what else compiles for sm_90 without spilling and might be faster: for benchmarks to try, never launched otherwise
+ALTERNATIVES: dict[tuple[str, int], tuple[Config, ...]] = {
+    ("polar", 16): (
+        Config(block=64, warps=4, group=4),
+        Config(block=64, warps=2, group=4),
+        Config(block=64, warps=2, group=4, gram="tf32x3"),
+        Config(block=32, warps=1, group=8),
+        Config(block=32, warps=1, group=16, gram="tf32x3"),
+        Config(block=32, warps=1, group=8, precision="tf32x3"),
+    ),
+    ("polar", 32): (
+        Config(block=32, warps=4, group=16),
+        Config(block=32, warps=4, group=16, gram="tf32x3"),
+        Config(block=32, warps=2, group=16),
+    ),
+    ("update", 16): (
+        Config(block=64, warps=4),
+        Config(block=64, warps=2, precision="tf32x3"),
+        Config(block=128, warps=4, precision="tf32x3"),
+        Config(block=32, warps=1, precision="tf32x3"),
+        Config(block=64, warps=2),
+    ),
+    ("update", 32): (
+        Config(block=32, warps=4, precision="tf32x3"),
+        Config(block=32, warps=2),
+        Config(block=64, warps=4),
+    ),
+    ("root", 16): (Config(warps=1), Config(warps=4)),
 }
 
 

@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from . import launch, polar, root, tables, whole
-from .buckets import MODES, has, on_device, plan_supports
+from .buckets import MODES, has, plan_supports
 from .update_tiles import FIXED, PARAM, SCALARS, _prepare, _update
 
 __all__ = ["UpdatePlan", "plan_supports"]
@@ -87,7 +87,8 @@ class UpdatePlan:
         self._captured: list[Tensor] = []
         self._align = False
         self._parts = _Parts(self)
-        runs = tables.tiling(tuple(self._numels), _config("nonfinite", 0).block)[0]
+        self._looks = _config("nonfinite", 0)
+        runs = tables.tiling(tuple(self._numels), self._looks.block)[0]
         self._runs = tables.upload(runs, torch.int32, device)
         self._sizes = tables.upload(self._numels, torch.int32, device)
         # what a step works in
@@ -100,6 +101,7 @@ class UpdatePlan:
             self._grams = torch.empty(self._parts.count, r, r, dtype=torch.float32, device=device)
             self._totals = torch.empty(self._count, r, r, dtype=torch.float32, device=device)
             self._partials = torch.empty_like(self._totals)
+            self._constants = root.constants_of(r)
             self._work = root.workspace(self._count, r, self._totals)
             self._coefficients = root.Coefficients(r, device)
         # everything of a step that is uploaded is uploaded here, so that the first step may be captured after `load`
@@ -135,7 +137,7 @@ class UpdatePlan:
 
     def nonfinite_(self, flag: Tensor) -> None:
         """Set ``flag``, 0-d float32, to one if any gradient is not finite; leave it else."""
-        c = _config("nonfinite", 0)
+        c = self._looks
         launch.run(
             whole._nonfinite, (len(self._runs) // 2,), self._runs, self._gradients, self._sizes, flag,
             GT=launch.TYPES[self._dtypes[1]], BLOCK=c.block, ALIGN=self._align, num_warps=c.warps,
@@ -144,7 +146,7 @@ class UpdatePlan:
     def step(self, found_inf: Tensor) -> None:
         """Take the rule's step with the gradients loaded last; nothing changes where ``found_inf`` (0-d) is not 0."""
         h = self.hyper
-        lr_on_device = on_device(h.lr)
+        lr_on_device = isinstance(h.lr, Tensor) and h.lr.device == self._device
         logs = [launch.split(math.log(max(float(beta), 1e-300))) for beta in (h.beta1, h.beta2)]
         launch.run(
             _prepare, (1,), self._step, found_inf, self._scalars, h.lr if lr_on_device else float(h.lr),
@@ -171,6 +173,7 @@ class UpdatePlan:
             self._steps, self._grams,
             T=parts.group, R=r, RP=self._rp, BD=c.block, UB=self._c.block, GT=launch.TYPES[self._dtypes[1]],
             ST=launch.TYPES[self._dtypes[2]], UT=launch.TYPES[self._steps.dtype], PREC=c.precision,
+            GRAM=c.gram or c.precision,
             HAS_M=self._has_m, HAS_K=self._has_k, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         grams = parts.sums(self._grams, self._totals)
@@ -179,7 +182,7 @@ class UpdatePlan:
             root._equalise, (self._count,), grams, self._fixed, self._coefficients.values, self._coefficients.damping,
             self._work, self._partials,
             HAS_K=self._has_k, HAS_KNOWN=self._has_known, HAS_M=self._has_m, ON_DEVICE=self._coefficients.on_device,
-            STAGES=count, R=r, **root.constants_of(r),
+            STAGES=count, R=r, **self._constants,
         )  # fmt: skip
 
     def grams(self, of: str) -> Tensor:
@@ -195,7 +198,7 @@ class UpdatePlan:
         launch.run(
             whole._grams, (parts.count,), parts.table, self._gradients if gradients else self._fixed, self._meta, out,
             STRIDE=1 if gradients else FIXED.value, T=parts.group, R=r, RP=self._rp, BD=c.block,
-            XT=launch.TYPES[self._dtypes[1 if gradients else PARAM.value]], PREC=c.precision,
+            XT=launch.TYPES[self._dtypes[1 if gradients else PARAM.value]], PREC=c.gram or c.precision,
             ALIGN=self._align if gradients else self._straight, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         return parts.sums(out, None)
@@ -221,8 +224,7 @@ class UpdatePlan:
             fits = given.device == self._device and launch.plain([given], (dtype,))
             if not fits or given.shape != (self._count, *shape):
                 raise ValueError(f"expected a contiguous {dtype} tensor of shape {(self._count, *shape)}")
-        c = _config("update", self._rp)
-        moments = of == "moments"
+        c, moments = self._c, of == "moments"
         launch.run(
             whole._transform, (len(self._tiles) // 2,), self._tiles, self._fixed, self._meta,
             self._scalars if M is None else M, self._tiles if k is None else k, found_inf,
@@ -243,7 +245,7 @@ class _Parts:
         counts = [-(-n // span) for n in plan._lengths]
         self.count, self._tensors, self._r = len(parts) // 2, len(counts), plan._r
         self.table = tables.upload(parts, torch.int32, plan._device)
-        self._most = launch.padded(max(counts), 1)
+        self._most, self._adding = launch.padded(max(counts), 1), _config("total", 0)
         ranges = [x for pair in zip(first, counts, strict=True) for x in pair]
         self._ranges = tables.upload(ranges, torch.int32, plan._device)
 
@@ -251,7 +253,7 @@ class _Parts:
         """Return the sums ``[T, r, r]`` of the programs' Gram matrices, in ``out``; or as they are."""
         if self.count == self._tensors:
             return grams
-        c = _config("total", 0)
+        c = self._adding
         out = grams.new_empty(self._tensors, self._r, self._r) if out is None else out
         launch.run(
             polar._total, (self._tensors, triton.cdiv(self._r**2, c.block)), grams, self._ranges, out,

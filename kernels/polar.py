@@ -50,7 +50,7 @@ from .update_tiles import (
 def _part(
     g_ptr, m_ptr, v_ptr, Q, k, scalars, steps, gram, begin, D, width,
     SIDE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr,
-    ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, HAS_M: tl.constexpr,
+    ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr, HAS_M: tl.constexpr,
 ):  # fmt: skip
     """Advance T tiles of a matrix from column ``begin`` on; write their u, rows ``width`` apart, and ``gram``."""
     # before the loop: loads are not moved out of it, since what it stores might be what they read
@@ -81,9 +81,9 @@ def _part(
         u = tl.where(alive, m / (tl.sqrt(v) * root + eps), 0.0)
         tl.store(steps + to, u.to(UT), mask=inside)
         if SIDE == 1:
-            G = tl.dot(u, tl.trans(u), G, input_precision=PREC)
+            G = tl.dot(u, tl.trans(u), G, input_precision=GRAM)
         else:
-            G = tl.dot(tl.trans(u), u, G, input_precision=PREC)
+            G = tl.dot(tl.trans(u), u, G, input_precision=GRAM)
     i, j = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
     tl.store(gram + i * R + j, G, mask=(i < R) & (j < R))
 
@@ -92,7 +92,7 @@ def _part(
 def _advance(
     parts, fixed, gradients, meta, scalars, steps, grams,
     T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, UB: tl.constexpr,
-    GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr,
+    GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr,
     HAS_M: tl.constexpr, HAS_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Run `_part` for ``parts[pid]`` = (tensor, block of T tiles); tables as for `update_tiles._update`.
@@ -122,12 +122,12 @@ def _advance(
         if tl.load(info + SIDE_OF) == 1:
             _part(
                 g_ptr, m_ptr, v_ptr, Q, k, scalars, own, gram, begin, D, width,
-                1, T, R, RP, BD, ST, UT, PREC, HAS_M,
+                1, T, R, RP, BD, ST, UT, PREC, GRAM, HAS_M,
             )  # fmt: skip
         else:
             _part(
                 g_ptr, m_ptr, v_ptr, Q, k, scalars, own, gram, begin, D, width,
-                2, T, R, RP, BD, ST, UT, PREC, HAS_M,
+                2, T, R, RP, BD, ST, UT, PREC, GRAM, HAS_M,
             )  # fmt: skip
 
 
