@@ -146,6 +146,7 @@ def distribution(module):
         ("benchmarks", ["bench", "triton"], {"torch", "distributed-shampoo"}),  # the latter is on no index
         ("curvopt", ["analysis", "demo"], {"torch", "numpy", "safetensors"}),  # scipy and peft bring these
         ("kernels", ["triton"], {"torch"}),
+        ("docs", ["docs"], {"docutils"}),  # sphinx brings it
     ],
 )
 def test_extras_bring_what_is_imported(folder, extras, also):

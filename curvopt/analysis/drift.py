@@ -61,7 +61,7 @@ class Drift:
 
 
 def drift(where: Any, factors: Factors | None = None, *, leading: float = 0.25) -> Drift:
-    r"""Measure ΔW = s B A against the Fisher matrix of each pair; reads the device. See also `curvopt.analysis.core`.
+    r"""Measure ΔW = s B A against the Fisher matrix of each pair; reads the device. See also `observe`.
 
     - ``norm``: ‖ΔW‖_F = s √tr(BᵀB · A Aᵀ), from r×r Gram products.
     - ``r_eff``: entropy rank of the squared singular values of ΔW, over r.

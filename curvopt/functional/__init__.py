@@ -2,19 +2,19 @@
 
 Notation, used by all modules of this package (one LoRA layer, one adapter: "a pair")
 
-========  ================  ==============================================================
-symbol    shape             meaning
-========  ================  ==============================================================
-x         (N, d_in)         input rows (tokens), after the adapter's dropout
-A         (r, d_in)         first factor
-B         (d_out, r)        second factor
-s         scalar            adapter scaling; the layer computes W x + s B A x
-u = x Aᵀ  (N, r)            output of A, input of B
-g         (N, d_out)        gradient of the loss at the layer's output
-d = s g B (N, r)            gradient of the loss at u
-S_u       (r, r)            second moment of u, uᵀu / N
-S_d       (r, r)            second moment of N d: the loss is a token mean, so d carries 1/N
-========  ================  ==============================================================
+=========  ==========  ==============================================================
+symbol     shape       meaning
+=========  ==========  ==============================================================
+x          (N, d_in)   input rows (tokens), after the adapter's dropout
+A          (r, d_in)   first LoRA matrix
+B          (d_out, r)  second LoRA matrix
+s          scalar      adapter scaling; the layer computes W x + s B A x
+u = x Aᵀ   (N, r)      output of A, input of B
+g          (N, d_out)  gradient of the loss at the layer's output
+d = s g B  (N, r)      gradient of the loss at u
+S_u        (r, r)      second moment of u, uᵀu / N
+S_d        (r, r)      second moment per token of d, N dᵀd: the loss is a token mean, so d carries 1/N
+=========  ==========  ==============================================================
 
 ``∂L/∂A = dᵀx`` and ``∂L/∂B = s gᵀu``; the K-FAC factors on the rank side are S_d for A and S_u for B
 (MATH: Fisher(A) ≈ E[x xᵀ] ⊗ S_d, Fisher(B) ≈ S_u ⊗ E[g gᵀ]).
