@@ -23,8 +23,8 @@ S_d        (r, r)      second moment per token of d, N dᵀd: the loss is a toke
 ``nn.Linear``) or ``[L, d, r]`` with ``rank_dim=2`` (B). An r×r matrix acts on the rank side from either storage
 (`left`), so A and B share every formula below, read with the rank first: ``X ← M X``.
 
-**Live rank.** ``k`` (``[L]``, integers) marks directions ``i ≥ k`` as dead; ``None`` means all are live. Dead rows
-of every stack are exactly zero and r×r maps act on them as the identity.
+**Rank in use.** ``k`` (``[L]``, integers): directions ``i < k`` are live, those ``i ≥ k`` dead; ``None`` means all are
+live. Dead rows of every stack are exactly zero, and r×r maps act on them as the identity.
 
 **Precision.** r×r matrices are float32 (float64 beside float64 parameters); 16-bit matrices are computed on in
 float32 and rounded once when stored.
