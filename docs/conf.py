@@ -52,9 +52,26 @@ nitpick_ignore_regex = [("py:.*", r"(?!curvopt\b).*"), ("py:.*", r"curvopt\.opti
 BARS = re.compile(r"(``[^`]*``|`[^`]*`)|(?<!\\)\|")
 
 
-def plain_bars(app, what, name, obj, options, lines):
-    """Let |x| be an absolute value, and not reStructuredText's substitution."""
-    lines[:] = [BARS.sub(lambda found: found[1] or r"\|", line) for line in lines]
+def plain(app, what, name, obj, options, lines):
+    """Read |x| as an absolute value, not a substitution, and an indented paragraph as formulas, not a quotation."""
+    out, in_fields, literal = [], False, False
+    for i, line in enumerate(lines):
+        in_fields = in_fields or line.startswith(":")
+        starts = line.startswith("    ") and i > 0 and not lines[i - 1].strip()
+        if starts and not literal and not in_fields:
+            before = next((earlier for earlier in reversed(lines[:i]) if earlier.strip()), "")
+            literal = True  # up to the next line at the margin
+            if not before.startswith(("..", "    ", "- ", "* ")) and not before.endswith("::"):
+                out += ["::", ""]
+        elif line.strip() and not line.startswith(" "):
+            literal = False
+        out.append(line if literal else BARS.sub(lambda found: found[1] or r"\|", line))
+    lines[:] = out
+
+
+def skip(app, what, name, obj, skipped, options):
+    """Leave out what a NamedTuple says of its fields; the class describes them."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
 # ------------------------------------------------------------------------------------------------- pages
@@ -130,7 +147,8 @@ def visit_math_block(self, node):
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", plain_bars, priority=900)  # after napoleon
+    app.connect("autodoc-process-docstring", plain, priority=900)  # after napoleon
+    app.connect("autodoc-skip-member", skip)
     app.connect("missing-reference", follow_imports)
     app.connect("source-read", list_modules)
     app.connect("source-read", link_names)

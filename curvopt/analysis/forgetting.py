@@ -118,7 +118,7 @@ class ForgettingFit:
 
     @property
     def earns(self) -> bool:
-        """Whether Ξ earns its three parameters: AICc and BIC are lower with it, and `p_value` is at most 5 %.
+        """Whether Ξ earns its three parameters, with AICc and BIC lower and `p_value` at most 5 %.
 
         The criteria assume noise of equal size everywhere, and are too generous where it grows with the rise; the test
         does not.

@@ -17,7 +17,7 @@ S_d        (r, r)      second moment per token of d, N dᵀd: the loss is a toke
 =========  ==========  ==============================================================
 
 ``∂L/∂A = dᵀx`` and ``∂L/∂B = s gᵀu``; the K-FAC factors on the rank side are S_d for A and S_u for B
-(MATH: Fisher(A) ≈ E[x xᵀ] ⊗ S_d, Fisher(B) ≈ S_u ⊗ E[g gᵀ]).
+(Fisher(A) ≈ E[x xᵀ] ⊗ S_d, Fisher(B) ≈ S_u ⊗ E[g gᵀ]).
 
 **Stacks.** Matrices of equal shape are stacked: ``X`` is ``[L, r, d]`` with ``rank_dim=1`` (A as stored by
 ``nn.Linear``) or ``[L, d, r]`` with ``rank_dim=2`` (B). An r×r matrix acts on the rank side from either storage
