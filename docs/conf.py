@@ -109,6 +109,7 @@ def link_names(app, name, source):
     """Link the first mention of every public name on a page, so that its text can be read without."""
     if name.startswith(("reference/", "changelog")):
         return
+    source[0] = re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\.md\)", r"\1", source[0])  # pages of the checkout, not of the site
     left = dict(PUBLIC)
     parts = TEXT.split(source[0])
     for i in range(0, len(parts), 2):  # the others are code, headings, links and formulas

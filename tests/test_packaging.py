@@ -142,7 +142,7 @@ def distribution(module):
 @pytest.mark.parametrize(
     ("folder", "extras", "also"),
     [
-        ("tests", ["test"], {"torch"}),
+        ("tests", ["test"], {"torch", "axolotl"}),  # tests of the latter replace it by a stub
         ("benchmarks", ["bench", "triton"], {"torch", "distributed-shampoo"}),  # the latter is on no index
         ("curvopt", ["analysis", "demo"], {"torch", "numpy", "safetensors"}),  # scipy and peft bring these
         ("kernels", ["triton"], {"torch"}),
