@@ -1,21 +1,21 @@
-# make test | demo | lint | bench | soak: each sets up .venv first; PYTHON chooses the interpreter (3.10 or later).
+# make test | lint | docs | demo | bench | soak | dist-check: each sets up .venv first; PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: test demo lint bench bench-full device soak clean
+.PHONY: test lint docs demo bench bench-full device soak dist-check clean
 
-# torch first and pinned, so that nothing pulls another build; curvlinops without its torchvision, which nothing here uses
-$(READY): setup.py constraints.txt
+# torch first and pinned, so that nothing pulls another build; curvlinops without torchvision, which nothing here uses
+$(READY): pyproject.toml setup.py constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt setuptools torch
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[demo,bench,triton,test]"
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[bench,docs,lint,test-core]"
 	$(RUN) -m pip install -q -c constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch
 	touch $@
 
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
 lint: $(READY)
@@ -23,10 +23,14 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# the site, with the reference, into build/site; a broken link or reference is an error, and nothing is fetched
+docs: $(READY)
+	$(RUN) -m sphinx -q -W --keep-going -b html docs build/site
+
 demo: $(READY)
 	$(RUN) -m curvopt.demo
 
-# small sizes into benchmarks/results/quick; then README's tables and the plots, from the CSVs of benchmarks/results
+# small sizes into benchmarks/results/quick; then the tables of the texts and the plots, from the CSVs of benchmarks/results
 bench: $(READY)
 	$(RUN) benchmarks/step_time.py --quick
 	$(RUN) benchmarks/memory.py --quick
@@ -53,6 +57,11 @@ device:
 # 2,000 steps with accidents against the same steps without; about ten minutes on one core
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) tests/soak.py
+
+# wheel and sdist, each installed into a fresh environment and used there; requirements choose other versions:
+# make dist-check WITH="torch==2.6.0 numpy peft==0.18.1 transformers==4.50.0"
+dist-check: $(READY)
+	$(RUN) tests/dist_check.py $(WITH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

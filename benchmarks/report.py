@@ -1,8 +1,9 @@
-"""Tables from the CSVs: all of them into results/tables.md, the short ones into README between their markers.
+"""Tables from the CSVs: all of them into results/tables.md, the short ones into the texts between their markers.
 
     python benchmarks/report.py
 
-A marker pair in README is ``<!-- table: NAME -->`` and ``<!-- end -->``; what stands between is replaced.
+A pair of markers in README.md or docs/benchmarks.md is ``<!-- table: NAME -->`` and ``<!-- end -->``; the text between
+them is replaced. A name that no table has is an error.
 """
 
 import re
@@ -14,8 +15,28 @@ from findings import BASE, Runs, exponent, number, shown, step_times
 from harness import RESULTS, Row, read_csv, table
 from tasks import TASKS
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parents[1]
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHORTER = (0.8, 0.6)
+
+
+def summary_table(runs: Runs) -> list[Row]:
+    """Return three lines for README: test loss on the text tasks, step time and memory, of a few optimizers."""
+    tasks = ("language", "headers", "headers32")
+    columns = {"AdamW": "AdamW fused", "GritKFAC": "GritKFAC polar", "GritKFAC eigen": "GritKFAC eigen", "Muon": "Muon"}
+    times = {row["optimizer"]: row for row in step_times("models") if row["model"] == "Qwen2.5-0.5B"}
+    memory = {row["optimizer"]: row for row in read_csv(RESULTS / "memory.csv") if row["model"] == "Qwen2.5-0.5B"}
+    labels = {"GritKFAC eigen": '`GritKFAC(update="eigen")`', "GritKFAC": "`GritKFAC`"}
+    loss: Row = {"": "test loss, " + ", ".join(tasks)}
+    time: Row = {"": "time of an optimizer step"}
+    peak: Row = {"": "peak memory of a step"}
+    for name, other in columns.items():
+        label = labels.get(name, name)
+        loss[label] = ", ".join(f"{statistics.fmean(runs.column(task, name, 'test')):.3f}" for task in tasks)
+        time[label] = f"{times[other]['ratio']:.2f}"
+        peak[label] = f"{memory[other]['peak_ratio']:.2f}"
+    return [loss, time, peak]
 
 
 def task_table(runs: Runs, task: str) -> list[Row]:
@@ -148,16 +169,16 @@ def _ratio(row: Row | None) -> str:
     return f"{row['ratio']:.3g}" + (f" ({row['ratio_p10']:.3g} to {row['ratio_p90']:.3g})" if known else "")
 
 
-def fill(text: str, name: str, body: str) -> str:
-    """Replace what stands between the markers of a table."""
-    pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text, flags=re.DOTALL)
+def fill(text: str, bodies: dict[str, str]) -> str:
+    """Replace what stands between the markers of every table."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{bodies[m[2]]}\n\n{m[3]}", text)
 
 
 def main() -> None:
-    """Write results/tables.md and README's tables."""
+    """Write results/tables.md and the tables of README.md and docs/benchmarks.md."""
     runs = Runs()
     tables: dict[str, Callable[[], list[Row]]] = {
+        "summary": lambda: summary_table(runs),
         "quality": lambda: quality_table(runs),
         "steps": lambda: steps_table(runs),
         "parameters": lambda: parameters_table(runs),
@@ -170,18 +191,19 @@ def main() -> None:
         "growth": growth_table,
         "memory": memory_table,
     }
-    readme = README.read_text(encoding="utf-8")
+    bodies = {}
     out = ["# Tables of the benchmarks\n", "Written by `python benchmarks/report.py` from the CSVs beside this file.\n"]
     for name, make in tables.items():
         rows = make()
         if not rows:
             continue
-        body = table(rows, list(dict.fromkeys(key for row in rows for key in row)))
+        body = bodies[name] = table(rows, list(dict.fromkeys(key for row in rows for key in row)))
         title = TASKS[name.removeprefix("task ")].title if name.startswith("task ") else name
-        out.append(f"## {title}\n\n{body}\n")
-        readme = fill(readme, name, body)
+        if name != "summary":
+            out.append(f"## {title}\n\n{body}\n")
     (RESULTS / "tables.md").write_text("\n".join(out), encoding="utf-8")
-    README.write_text(readme, encoding="utf-8")
+    for text in TEXTS:
+        text.write_text(fill(text.read_text(encoding="utf-8"), bodies), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ class Ops:
         if not self._on_kernels(sample):
             return REFERENCE[name](*args, **kwargs)
         rank = sample.shape[-1] if isinstance(first, Tensor) else sample.shape[first.rank_dim]
-        if _kernels().supports(name, *args, **kwargs) and self.trusts(name, rank, sample):
+        rows = args[2][0] if name == "gram_add_" else sample  # sums are float32, whatever the rows are
+        if _kernels().supports(name, *args, **kwargs) and self.trusts(name, rank, rows):
             return _kernels().OPS[name](*args, **kwargs)
         self.fallbacks.add(name)
         return REFERENCE[name](*args, **kwargs)

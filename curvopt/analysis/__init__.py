@@ -1,6 +1,6 @@
-"""What a user looks at: doctor, spectra, drift, the law of forgetting, recording and plots.
+"""Analysis of a run: the doctor, spectra, drift, the forgetting law, recording and plots.
 
-Importing this needs torch alone; the law needs scipy, the plots matplotlib, when they are called.
+Importing it needs torch alone. `fit_forgetting_law` needs SciPy and the plots need matplotlib when they are called.
 """
 
 from curvopt.analysis.aurac import aurac, plot_aurac

@@ -23,7 +23,7 @@ def aurac(accuracies: Sequence[float], ranks: Sequence[int], *, scale: str = "li
 
     Raises:
         ValueError: unknown ``scale``, nothing given, unequal lengths, ranks that do not ascend from at least 1, or a
-            number that is not finite.
+            non-finite number.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")

@@ -132,7 +132,8 @@ def pairs_of(where: Any) -> list[LoraPair]:
 def known_factors(where: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Return S_u and S_d by pair name, as the optimizer has observed them.
 
-    Pairs with a factor missing are left out, and those under ``statistics="weight"``: A Aᵀ and BᵀB know no data.
+    Pairs with a factor missing are left out, and so are those under ``statistics="weight"``: A Aᵀ and BᵀB depend on
+    no data.
     """
     if not isinstance(where, PairedOptimizer):
         return {}
@@ -149,10 +150,10 @@ def observe(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure S_u and S_d of every pair on some batches; for models trained by another optimizer, or on other data.
 
-    Gradients that are there stay as they are, and parameters are not touched.
+    Existing gradients and the parameters are not changed.
 
     Args:
-        model: the model, in the mode (train or eval) it should be seen in.
+        model: the model, in the mode (train or eval) to measure in.
         batches: whatever ``loss`` takes.
         loss: gives the mean loss of a batch, as training does.
         adapter: only this adapter's pairs.

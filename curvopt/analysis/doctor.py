@@ -1,4 +1,4 @@
-"""doctor: does curvature act, where is rank spent, and what is wrong with a run."""
+"""The doctor: whether curvature acts, where rank is spent, and what is wrong with a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from curvopt.optim.grit.diagnostics import diagnose, live_rank
 
 
 def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None) -> Report:
-    """Examine a run between two steps; changes nothing, reads the device. Sharded parameters are gathered.
+    """Examine a run between two steps, without changing it. Synchronises with the device; gathers sharded parameters.
 
-    Of an optimizer of curvopt it tells everything in `Report`; of any other what can be seen from outside: parameters
+    For an optimizer of curvopt the `Report` is complete; for any other it has what can be seen from outside: parameters
     that were replaced or forgotten, pairs without gradients, the update's spectrum, bytes of state.
 
     Args:

@@ -61,7 +61,7 @@ class Drift:
 
 
 def drift(where: Any, factors: Factors | None = None, *, leading: float = 0.25) -> Drift:
-    r"""Measure ΔW = s B A against the Fisher matrix of each pair; reads the device. See also `curvopt.analysis.core`.
+    r"""Measure ΔW = s B A against the Fisher matrix of each pair; synchronises with the device. See also `observe`.
 
     - ``norm``: ‖ΔW‖_F = s √tr(BᵀB · A Aᵀ), from r×r Gram products.
     - ``r_eff``: entropy rank of the squared singular values of ΔW, over r.
@@ -78,7 +78,7 @@ def drift(where: Any, factors: Factors | None = None, *, leading: float = 0.25) 
         where: a module, an optimizer of curvopt, or a list of pairs.
         factors: S_u and S_d by pair name (`curvopt.analysis.observe`); None for those of the optimizer. Without any,
             only ``norm`` and ``r_eff`` are known.
-        leading: k as a share of the live rank, in (0, 1]; at least one direction.
+        leading: k as a share of the rank in use, in (0, 1]; at least one direction.
 
     Raises:
         TypeError: ``where`` has no pairs to offer.

@@ -1,4 +1,4 @@
-"""What the doctor says: findings with advice, facts by pair, and a text that a person reads."""
+"""The doctor's report: findings with advice, facts by pair, and a readable text."""
 
 from __future__ import annotations
 

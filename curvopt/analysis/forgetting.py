@@ -1,4 +1,4 @@
-r"""The law of forgetting, plain and modulated by curvature, and whether the modulation earns its parameters.
+r"""The forgetting law, plain and modulated by curvature, and whether the modulation earns its parameters.
 
     plain       L = L⁰ + A D^β / N^α + E                     (arXiv 2502.06042)
     modulated   L = L⁰ + A D^β / (N Ξ)^α + E,  Ξ = (1 + γ_r r_eff)(1 + γ_a ρ_align)(1 + γ_p π_proj)   (GRIT)
@@ -34,7 +34,7 @@ class Law:
         intervals: bootstrap interval of each.
         level: their coverage.
         n: observations.
-        rss: what the fit leaves: Σ ρ(residual), the residuals' squares with outliers damped.
+        rss: Σ ρ(residual), the sum of squared residuals with outliers damped.
         residuals: observed minus predicted loss.
     """
 
@@ -104,7 +104,7 @@ class Law:
 
 @dataclass(frozen=True)
 class ForgettingFit:
-    """Both laws on the same observations; what a `Law` has is also here, of the `best` one.
+    """Both laws on the same observations. The attributes of a `Law` are also here, those of the `best` one.
 
     Attributes:
         plain: the plain law.
@@ -118,10 +118,10 @@ class ForgettingFit:
 
     @property
     def earns(self) -> bool:
-        """Whether Ξ earns its three parameters: AICc and BIC are lower with it, and `p_value` is at most 5 %.
+        """Whether Ξ earns its three parameters, with AICc and BIC lower and `p_value` at most 5 %.
 
-        The criteria take the noise for equally large everywhere, and are too generous where it grows with the rise; the
-        test does not.
+        The criteria assume noise of equal size everywhere, and are too generous where it grows with the rise; the test
+        does not.
         """
         m = self.modulated
         if m is None or self.p_value is None:
@@ -189,9 +189,10 @@ def fit_forgetting_law(
 
     Robust least squares (soft L1, scaled by the plain law's residuals, the same for both laws) under α, β, E, γ ≥ 0
     and A > 0, from a fixed set of starts. Intervals are percentiles of a wild bootstrap: each residual, over one minus
-    its leverage (HC3), keeps its place and gets a random sign. They are a lower bound: on 40 plain data sets of 48
-    observations in three sizes, noise in proportion to the rise, 90 % intervals covered 78 % (α) to 98 % (A) of times.
-    The same, with the plain law's curve and residuals, tests whether Ξ lowers the residuals by more than chance.
+    its leverage (HC3), keeps its place and gets a random sign. They tend to be too narrow: on 40 plain data sets of 48
+    observations in three sizes, with noise proportional to the rise, 90 % intervals covered the truth 78 % (α) to
+    98 % (A) of the time. The same bootstrap around the plain law tests whether Ξ lowers the residuals by more than
+    chance.
 
     Args:
         n_params: N, (n,), > 0.

@@ -183,12 +183,12 @@ def _draw_layers_over_time(axes: Axes, records: Sequence[dict[str, Any]], what: 
 def plot_frontier(
     runs: Mapping[str, Any], *, x: str = "norm", y: str = "retain_loss", baseline: float | None = None
 ) -> Figure:
-    """Draw updates against retention, one curve per run: who forgets least for the way it has gone.
+    """Draw the size of the update against retention, one curve per run.
 
     Args:
         runs: label → source of records, or list of sources (several seeds: same colour).
-        x: what stands for the update: "norm" (‖ΔW‖_F), "step", or any scalar that was recorded, such as tokens.
-        y: the scalar that was recorded for the loss not to lose.
+        x: the measure of the update: "norm" (‖ΔW‖_F), "step", or any scalar that was recorded, such as tokens.
+        y: the recorded scalar that should not rise, such as the pre-training loss.
         baseline: its value before fine-tuning; the rise above it is drawn.
 
     Raises:

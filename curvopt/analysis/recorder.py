@@ -1,4 +1,4 @@
-"""Recorder: one line of JSON per look at a run, from which every plot can be drawn afterwards."""
+"""Recording a run: one line of JSON per record, from which every plot can be drawn afterwards."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PART = 1 << 16
 class Recorder:
     """Writes what an optimizer does to a JSONL file, one line per record.
 
-    Usable from any loop; under several processes, let one of them record. An existing file is continued, a last line
-    that a crash cut off is dropped. A resumed run may record steps again: readers keep the newest (`read`).
+    Usable from any loop; under several processes, let one of them record. An existing file is continued, and a last
+    line that a crash cut off is dropped. A resumed run may record steps again: `read` keeps the newest.
 
     .. code-block:: python
 

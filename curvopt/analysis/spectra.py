@@ -1,4 +1,4 @@
-"""Spectra: where a pair's curvature and its update have their energy, and how many directions that is."""
+"""Spectra: over which directions a pair's curvature and its update are spread, and over how many."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Spectrum:
         projection: the last word of its name: q_proj, up_proj, ...
         rank: live directions.
         full_rank: rank of the tensors.
-        energy: σ_i², eigenvalues of S_u S_d, descending: twice what deleting direction i costs; None if unknown.
+        energy: σ_i², eigenvalues of S_u S_d, descending (dropping direction i raises the loss by half of it); None if
+            unknown.
         singular: singular values of ΔW = s B A, descending; None if a parameter is not finite.
     """
 
@@ -52,7 +53,7 @@ class Spectrum:
 
 
 def spectra(where: Any, factors: Factors | None = None) -> list[Spectrum]:
-    """Return the spectrum of every pair; reads the device.
+    """Return the spectrum of every pair; synchronises with the device.
 
     Args:
         where: a module, an optimizer of curvopt, or a list of pairs.

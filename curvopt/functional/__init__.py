@@ -2,29 +2,29 @@
 
 Notation, used by all modules of this package (one LoRA layer, one adapter: "a pair")
 
-========  ================  ==============================================================
-symbol    shape             meaning
-========  ================  ==============================================================
-x         (N, d_in)         input rows (tokens), after the adapter's dropout
-A         (r, d_in)         first factor
-B         (d_out, r)        second factor
-s         scalar            adapter scaling; the layer computes W x + s B A x
-u = x Aᵀ  (N, r)            output of A, input of B
-g         (N, d_out)        gradient of the loss at the layer's output
-d = s g B (N, r)            gradient of the loss at u
-S_u       (r, r)            second moment of u, uᵀu / N
-S_d       (r, r)            second moment of N d: the loss is a token mean, so d carries 1/N
-========  ================  ==============================================================
+=========  ==========  ==============================================================
+symbol     shape       meaning
+=========  ==========  ==============================================================
+x          (N, d_in)   input rows (tokens), after the adapter's dropout
+A          (r, d_in)   first LoRA matrix
+B          (d_out, r)  second LoRA matrix
+s          scalar      adapter scaling; the layer computes W x + s B A x
+u = x Aᵀ   (N, r)      output of A, input of B
+g          (N, d_out)  gradient of the loss at the layer's output
+d = s g B  (N, r)      gradient of the loss at u
+S_u        (r, r)      second moment of u, uᵀu / N
+S_d        (r, r)      second moment per token of d, N dᵀd: the loss is a token mean, so d carries 1/N
+=========  ==========  ==============================================================
 
 ``∂L/∂A = dᵀx`` and ``∂L/∂B = s gᵀu``; the K-FAC factors on the rank side are S_d for A and S_u for B
-(MATH: Fisher(A) ≈ E[x xᵀ] ⊗ S_d, Fisher(B) ≈ S_u ⊗ E[g gᵀ]).
+(Fisher(A) ≈ E[x xᵀ] ⊗ S_d, Fisher(B) ≈ S_u ⊗ E[g gᵀ]).
 
 **Stacks.** Matrices of equal shape are stacked: ``X`` is ``[L, r, d]`` with ``rank_dim=1`` (A as stored by
 ``nn.Linear``) or ``[L, d, r]`` with ``rank_dim=2`` (B). An r×r matrix acts on the rank side from either storage
 (`left`), so A and B share every formula below, read with the rank first: ``X ← M X``.
 
-**Live rank.** ``k`` (``[L]``, integers) marks directions ``i ≥ k`` as dead; ``None`` means all are live. Dead rows
-of every stack are exactly zero and r×r maps act on them as the identity.
+**Rank in use.** ``k`` (``[L]``, integers): directions ``i < k`` are live, those ``i ≥ k`` dead; ``None`` means all are
+live. Dead rows of every stack are exactly zero, and r×r maps act on them as the identity.
 
 **Precision.** r×r matrices are float32 (float64 beside float64 parameters); 16-bit matrices are computed on in
 float32 and rounded once when stored.

@@ -45,7 +45,8 @@ def balanced(
 
     Balanced truncation of linear systems, in rank space. With S_u = L Lᵀ and Lᵀ S_d L = U Σ² Uᵀ,
     T = Σ^(1/2) Uᵀ L⁻¹. The σ_i² are the eigenvalues of S_u S_d, the same in every gauge; under the K-FAC quadratic,
-    deleting direction i costs σ_i²/2, so a prefix of this basis is the best adapter of that rank (our derivation).
+    dropping direction i raises the loss by σ_i²/2, so a prefix of this basis is the best adapter of that rank (our
+    derivation).
 
     Both factors are first regularised to S + damping · tr(S)/k · I, for which the equality is exact; ``sigma`` are
     theirs. A pair with an empty or broken factor keeps its basis. Where T is worse conditioned than

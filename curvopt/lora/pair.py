@@ -1,4 +1,4 @@
-"""One low-rank pair: where its two matrices live, which way round they are, and what the layer says about them."""
+"""One LoRA pair: where its two matrices are, their orientation, and the settings of the layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DICTS = (nn.ModuleDict, nn.ParameterDict)
 
 @dataclass(eq=False, frozen=True, repr=False)
 class LoraPair:
-    """The two factors of one adapter on one layer.
+    """The two LoRA matrices of one adapter on one layer.
 
     Parameters are looked up at each access, because sharding and PEFT replace them. Two pairs are equal only if they
     are the same object.
@@ -48,21 +48,21 @@ class LoraPair:
 
     @property
     def A(self) -> nn.Parameter:
-        """The parameter that is A now."""
+        """The current parameter A."""
         return self.fixed[0] if self.fixed else resolve(self.module, self.keys[0])
 
     @property
     def B(self) -> nn.Parameter:
-        """The parameter that is B now."""
+        """The current parameter B."""
         return self.fixed[1] if self.fixed else resolve(self.module, self.keys[1])
 
     def owner(self, side: str) -> Any:
-        """The module or dict that holds the factor "A" or "B" now; None if the pair was made from names alone."""
+        """The module or dict that holds "A" or "B" now; None if the pair was made from names alone."""
         return resolve(self.module, self.keys["AB".index(side)][:-1]) if self.keys else None
 
     @property
     def rank(self) -> int:
-        """The present rank r, as the shape of A has it."""
+        """The current rank r, from the shape of A."""
         return self.A.shape[self.dim_A]
 
     @property
@@ -82,7 +82,7 @@ class LoraPair:
 
     @property
     def scaling(self) -> float:
-        """The factor s of s B A, read from the layer; 1.0 if the layer does not say."""
+        """The factor s of s B A, read from the layer; 1.0 if the layer has no such setting."""
         if self.module is None:
             return 1.0
         own = getattr(self.module, "scaling", None)
@@ -117,7 +117,7 @@ class LoraPair:
 
     @property
     def signal(self) -> nn.Module | None:
-        """The module whose output is u = x Aᵀ now; None where there is none (see `note`)."""
+        """The module whose output is u = x Aᵀ; None where there is none (see `note`)."""
         return None if self.note else self.owner("A")
 
     def matrix(self, side: str, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Find the low-rank pairs of a model, whatever library made them.
+"""Find the LoRA pairs of a model, whatever library made them.
 
 A pair is two matrices with one shared dimension, the rank: A takes the layer's input to u = x Aᵀ, B takes u to the
 layer's output, and the layer adds s B A to its weight. PEFT layers, torchtune and loralib layers and hand-written
-modules are recognised by what they carry, never by importing their library.
+modules are recognised by their attributes, never by importing their library.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Fit = tuple[int, int, int]
 
 
 def find_lora_pairs(model: nn.Module, adapter: str | None = None) -> list[LoraPair]:
-    """All low-rank pairs of a model, in module order.
+    """Return all LoRA pairs of a model, in module order.
 
     Args:
         model: Any module: a PEFT model, a model with torchtune or loralib layers, a hand-written one, or a wrapper.
@@ -49,7 +49,7 @@ def find_lora_pairs(model: nn.Module, adapter: str | None = None) -> list[LoraPa
 
 
 def find_skipped(model: nn.Module) -> list[tuple[str, str]]:
-    """Layers that look like adapters but are not plain pairs, as (path, reason), in module order.
+    """Return layers that look like adapters but are not plain pairs, as (path, reason), in module order.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -58,7 +58,7 @@ def find_skipped(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def describe_search(model: nn.Module) -> str:
-    """One line on what was looked for and what is there instead, for the error "no pair found"."""
+    """Return one line on what was looked for and what is there instead, for the error "no pair found"."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     total = sum(1 for _ in model.parameters())
     shown = ", ".join(trainable[:3]) + (", ..." if len(trainable) > 3 else "")
@@ -72,7 +72,7 @@ def describe_search(model: nn.Module) -> str:
 
 
 def pair_by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> list[LoraPair]:
-    """Pairs from names and parameters alone, in order of the first factor met.
+    """Return pairs from names and parameters alone, in order of the first matrix met.
 
     Args:
         named_parameters: (name, parameter) as `nn.Module.named_parameters()` gives them; any shapes and dtypes.

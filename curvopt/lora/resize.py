@@ -1,7 +1,7 @@
 """Change the rank of adapters in place.
 
 Slicing keeps the first rows of A and the first columns of B. Growing draws new rows of A and sets the new columns of B
-to zero, so the layer's update s B A stays what it is. Whatever a library remembers about the rank is kept true.
+to zero, so the layer's update s B A is unchanged. What a library records about the rank is updated.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def resize_pair(
 ) -> None:
     """Give one pair another rank; the parameters stay the same objects, their gradients are dropped.
 
-    On PEFT layers rank, alpha, scaling, the features of the factors and the patterns of the config follow, so that a
+    On PEFT layers rank, alpha, scaling, the features of both modules and the patterns of the config follow, so that a
     saved adapter loads as it is. Elsewhere the attributes `rank`, `r`, `alpha`, `lora_alpha`, `scaling` and `scale`
-    follow where the layer has them. Optimizer state is the optimizer's business, and a model inside
-    DistributedDataParallel has to be wrapped anew: the wrapper watches the parameters as they were.
+    follow where the layer has them. Optimizer state is not resized here, and a model inside DistributedDataParallel has
+    to be wrapped anew, since the wrapper holds on to the old shapes.
 
     Args:
         pair: The pair, of any kind.
@@ -42,7 +42,7 @@ def resize_pair(
 
     Raises:
         TypeError: If `rank` is no integer.
-        ValueError: If `rank` is below 1, a variant holds more tensors along the rank, or the factors are sharded.
+        ValueError: If `rank` is below 1, a variant holds more tensors along the rank, or the matrices are sharded.
     """
     check_resize(pair, rank)
     old, scaling = pair.rank, pair.scaling
