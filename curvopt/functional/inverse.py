@@ -172,7 +172,7 @@ def stages(smallest: float, tolerance: float) -> tuple[tuple[float, float, float
         tolerance: how far from one the last may leave a value.
     """
     low, high = math.sqrt(min(smallest, 1.0)), 1.0
-    found = []
+    found: list[tuple[float, float, float]] = []
     while not found or max(1 - low, high - 1) > tolerance:
         a, b, c, error = _quintic(low, high)
         found.append((a, b, c))

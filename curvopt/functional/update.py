@@ -47,6 +47,18 @@ class Hyper:
     maximize: bool = False
 
 
+class Undecayed(Hyper):
+    """Another's settings, as they are at any time, but without weight decay."""
+
+    def __init__(self, other: Hyper) -> None:
+        self.other = other
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "weight_decay":
+            return 0.0
+        return object.__getattribute__(self, name) if name == "other" else getattr(self.other, name)
+
+
 @dataclass
 class Slab:
     """L matrices of equal shape and dtype, and their state.
@@ -213,20 +225,22 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
     """
     wide = compute_dtype(s.exp_avg.dtype)
     exp_avg, exp_avg_sq = s.exp_avg.to(wide), s.exp_avg_sq.to(wide)
-    listed = isinstance(s.grads, list)
-    if M is None and listed and s.grads[0].dtype == wide:
+    given: Any = s.grads
+    listed = isinstance(given, list)
+    if M is None and listed and given[0].dtype == wide:
         # torch's kernel walks through memory: all of it must be in one order
-        grads, spare = [g.contiguous() for g in s.grads], s.spare
+        grads, spare = [g.contiguous() for g in given], s.spare
         delta = torch.zeros_like(exp_avg) if s.delta is None else s.delta.zero_()
     else:
-        own = torch.stack(s.grads).to(wide) if listed else s.grads
+        own = torch.stack(given).to(wide) if listed else given
         spare = torch.empty_like(own) if s.spare is None else s.spare
         grads = spare.copy_(own) if M is None else left(M.to(own.dtype), own, s.rank_dim, out=spare)
         delta = own.zero_()
     # torch's CPU kernel rounds what is left over after its vectors otherwise: to the bit AdamW's only matrix by matrix
     whole = not isinstance(grads, list) and (delta[0].numel() % 64 == 0 or not delta.is_cpu)
-    columns = [[X] if whole else X if isinstance(X, list) else X.unbind() for X in (delta, grads, exp_avg, exp_avg_sq)]
-    fused_adamw(*columns, s.step, s.hyper, found_inf, weight_decay=0.0)
+    stacks = (delta, grads, exp_avg, exp_avg_sq)
+    p, g, m, v = ([X] if whole else X if isinstance(X, list) else X.unbind() for X in stacks)
+    fused_adamw(p, g, m, v, s.step, s.hyper, found_inf, weight_decay=0.0)
     if exp_avg is not s.exp_avg:
         s.exp_avg.copy_(exp_avg)
         s.exp_avg_sq.copy_(exp_avg_sq)

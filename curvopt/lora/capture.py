@@ -190,7 +190,7 @@ class Capture:
         self._many = world_size() > 1
         for pair, record in self._records.items():
             module = pair.signal
-            now = () if module is None else (module, pair.A, pair.B)
+            now: tuple[Any, ...] = () if module is None else (module, pair.A, pair.B)
             if all(a is b() for a, b in zip(now, self._hooked.get(pair, ()), strict=False)) and pair in self._hooked:
                 continue
             self._unhook(pair)

@@ -21,7 +21,7 @@ from torch import Tensor
 from curvopt.distributed import Shards, agreed, local
 from curvopt.functional import compute_dtype
 from curvopt.functional.plan import mapped
-from curvopt.functional.update import Hyper, apply_delta
+from curvopt.functional.update import Hyper, Undecayed, apply_delta
 from curvopt.optim.base import PairedOptimizer, Side, check_dense
 
 State = dict[str, Any]
@@ -160,11 +160,11 @@ class Bucket:
         total = sum(len(block) * X.numel() for block, X in zip(shapes, like, strict=True))
         flat = {key: torch.zeros(total, dtype=self.dtype, device=self.device) for key in wide}
         at, row = 0, 0
-        for block, X in zip(shapes, like, strict=True):
-            end = at + len(block) * X.numel()
-            views = {key: flat[key][at:end].view(len(block), *X.shape) for key in wide}
-            self.blocks.append(Block(block, slice(row, row + len(block)), block[0].shards, views))
-            at, row = end, row + len(block)
+        for group, X in zip(shapes, like, strict=True):
+            end = at + len(group) * X.numel()
+            views = {key: flat[key][at:end].view(len(group), *X.shape) for key in wide}
+            self.blocks.append(Block(group, slice(row, row + len(group)), group[0].shards, views))
+            at, row = end, row + len(group)
         known = [states[p] for p in self.params]
         rest = [small(s) for s in self.sides]
         for key, like_row in rest[0].items():
@@ -210,7 +210,7 @@ class Bucket:
 
     def read(self) -> None:
         """Read the gradients; they are there for all sides or for none."""
-        self.grads = [p.grad for p in self.params]  # type: ignore[misc]
+        self.grads = [p.grad for p in self.params]
 
     @property
     def live(self) -> bool:
@@ -368,19 +368,7 @@ def on_pieces(block: Block, hyper: Hyper, dtype: torch.dtype) -> tuple[list[Tens
     """
     if block.shards is None or not block.shards.sharded_on_rank:
         return block.matrices(), hyper
-    return list(torch.zeros_like(block.exp_avg, dtype=dtype).unbind()), _NoDecay(hyper)
-
-
-class _NoDecay:
-    """A view of a `Hyper` whose weight decay is zero."""
-
-    weight_decay = 0.0
-
-    def __init__(self, hyper: Hyper) -> None:
-        self._hyper = hyper
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._hyper, name)
+    return list(torch.zeros_like(block.exp_avg, dtype=dtype).unbind()), Undecayed(hyper)
 
 
 def _moment_like(side: Side) -> Tensor:

@@ -145,8 +145,9 @@ def trainable(model: nn.Module, adapter: str | None) -> list[Tensor]:
 def _resting(model: nn.Module, adapter: str | None) -> set[Tensor]:
     """Return what PEFT's adapters train besides A and B, active now or not; of all adapters if ``adapter`` is None."""
     found: set[Tensor] = set()
-    configs = getattr(model, "peft_config", None)
-    for module in model.modules() if isinstance(configs, dict) else ():
+    given = getattr(model, "peft_config", None)
+    configs = given if isinstance(given, dict) else None
+    for module in model.modules() if configs is not None else ():
         kept = vars(module)["_modules"].get("modules_to_save")
         held = [kept] if isinstance(kept, nn.ModuleDict) else []
         names = getattr(type(module), "adapter_layer_names", ())
@@ -161,7 +162,7 @@ def _resting(model: nn.Module, adapter: str | None) -> set[Tensor]:
         bias = getattr(module, "bias", None)
         if biases & {"all", "lora_only"} and isinstance(bias, Tensor):
             found.add(bias)
-    for key, config in configs.items() if isinstance(configs, dict) else ():
+    for key, config in (configs or {}).items():
         if getattr(config, "bias", "none") == "all" and adapter in (None, key):
             found |= {p for name, p in model.named_parameters() if name.endswith("bias")}
     return found

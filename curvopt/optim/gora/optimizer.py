@@ -153,7 +153,7 @@ class GoRAInit(PairedOptimizer):
     # ------------------------------------------------------------------ the step
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+    def _step_supports_amp_scaling(self) -> bool:
         return not self.ready or getattr(self._delegate, "_step_supports_amp_scaling", False)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -43,7 +43,7 @@ def _ways(block: Block, shards: Shards) -> tuple[int, int]:
     if not shards.sharded_on_rank:
         return 0, 0
     side = block.sides[0]
-    piece, whole = side.param.to_local(), shards.shape  # type: ignore[operator]
+    piece, whole = side.param.to_local(), shards.shape
     mine, width = piece.shape[shards.split], shards.work_shape[shards.work]  # type: ignore[index]
     rest = side.param.numel() // (whole[shards.split] * whole[shards.work])  # type: ignore[index]
     numbers = len(block.sides) * rest
