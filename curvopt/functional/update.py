@@ -149,7 +149,7 @@ def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None, know
     become equally long. The identity where not ``known``.
     """
     R = damped_inverse_root(G, damping, k)
-    lengths = trace(R @ G @ R)
+    lengths = ((R @ G) * R).sum((-2, -1))  # tr R G R, R being symmetric
     c = torch.where(lengths > 0, trace(G) / lengths, 1.0).sqrt()
     M = R * c[:, None, None]
     if known is None:

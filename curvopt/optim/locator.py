@@ -158,7 +158,7 @@ def _resting(model: nn.Module, adapter: str | None) -> set[Tensor]:
                     found.add(p)
         if not names:
             continue
-        biases = {getattr(c, "bias", "none") for key, c in configs.items() if adapter in (None, key)}
+        biases = {getattr(c, "bias", "none") for key, c in (configs or {}).items() if adapter in (None, key)}
         bias = getattr(module, "bias", None)
         if biases & {"all", "lora_only"} and isinstance(bias, Tensor):
             found.add(bias)

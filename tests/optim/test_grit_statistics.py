@@ -8,6 +8,7 @@ from grit_kit import EXACT, STATISTICS, factors, observed_backward
 from torch.nn import functional as F
 
 from curvopt import GritKFAC
+from curvopt.functional.update import RULES, Hyper, Slab
 
 # ---------------------------------------------------------------------------------------------- statistics
 
@@ -184,3 +185,28 @@ def test_a_frozen_A_still_preconditions_B_by_S_u():
     assert torch.equal(model.first.lora_B.weight, twin.first.lora_B.weight)
     B, B_twin = model.first.lora_B.weight, twin.first.lora_B.weight
     assert torch.equal(optimizer.state[B]["factor"], other.state[B_twin]["factor"])
+
+
+def test_without_statistics_nothing_is_watched_or_kept():
+    """Adam's step with equalised singular values, and no hook on the model."""
+    model = models.mlp()
+    optimizer = GritKFAC(model, lr=1e-2, statistics="none")
+    assert not any(m._forward_hooks for m in model.modules()) and not optimizer.watching
+    A = model.first.lora_A.weight
+    before = A.detach().clone()
+    models.loss(model, 0).backward()
+    slab = Slab(
+        [before], [A.grad.clone()], torch.zeros(1, *A.shape, dtype=A.dtype), torch.zeros(1, *A.shape, dtype=A.dtype),
+        torch.tensor(0.0), 1, None, Hyper(1e-2, 0.9, 0.999, 1e-8, 0.0),
+    )  # fmt: skip
+    RULES["polar"]([slab], torch.tensor(0.0))
+    optimizer.step()
+    assert torch.equal(A, before)
+    assert not {"factor", "basis", "observed"} & optimizer.state[A].keys()
+    assert optimizer.diagnostics()["pairs"]["first"]["statistics"] == "none"
+
+
+@pytest.mark.parametrize("wrong", [{"update": "eigen"}, {"update": "adam"}, {"reproject_every": 5}], ids=str)
+def test_without_statistics_what_needs_a_factor_is_refused(wrong):
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))} must be .*statistics="none"'):
+        GritKFAC(models.mlp(), statistics="none", **wrong)

@@ -36,8 +36,9 @@ class GritKFAC(BucketedOptimizer):
         betas: decay of Adam's moments, in [0, 1).
         eps: Adam's ε.
         weight_decay: decoupled decay (AdamW).
-        statistics: ``"activation"`` (K-FAC, by one hook per pair), ``"gradient"`` (Shampoo on the rank side, no hook)
-            or ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347).
+        statistics: ``"activation"`` (K-FAC, by one hook per pair), ``"gradient"`` (Shampoo on the rank side, no hook),
+            ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347), or ``"none"``: neither
+            factors nor hooks; only ``"polar"`` takes it, and equalises the singular values of Adam's step.
         sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
@@ -63,9 +64,9 @@ class GritKFAC(BucketedOptimizer):
         process_group: processes to sum the statistics over; None for the default group, if there is one.
         model: the module to search when ``params`` are groups of tensors.
 
-    A step whose gradients (or whose GradScaler) say non-finite changes nothing and is counted; see `diagnostics`.
-    All cadences count calls of ``step``, such ones included. A GradScaler's scale is divided out of S_d; after
-    ``scaler.unscale_`` nobody can tell it, so it stays, and cancels in all that is made of S_d until it changes.
+    A step with non-finite gradients changes nothing and is counted; see `diagnostics`. Cadences count the steps in
+    which a pair has gradients, such ones included, and what a skipped step should have done stays due. A GradScaler's scale
+    stays in S_d, and cancels in all that is made of it until it changes. Adapters in float16 are refused.
 
     Raises:
         TypeError: see `PairedOptimizer`.

@@ -29,6 +29,11 @@ def check_group(g: dict[str, Any]) -> None:
         ("factor_every", 1), ("inverse_every", 1), ("warmup_steps", 0), ("reproject_every", 0), ("min_rank", 1),
     ):  # fmt: skip
         check(name, g[name], is_whole(g[name]) and g[name] >= least, f"an integer ≥ {least}")
+    if SOURCES[g["statistics"]].observe is None:  # nothing to make a matrix or a gauge of
+        able = [rule.name for rule in RULES.values() if rule.damps]
+        need = f'with statistics="none" one of {", ".join(map(repr, able))}: the other rules act through a factor'
+        check("update", g["update"], g["update"] in able, need)
+        check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, '0 with statistics="none"')
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
 
