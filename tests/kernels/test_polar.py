@@ -41,7 +41,7 @@ def test_sums_over_many_programs(r, d, device, noted):
 
 
 def test_one_tile_needs_no_sum_and_no_empty_tiles(device, noted):
-    check(*planned("polar", [slab(2, 8, 64, 1)], device))
+    check(*planned("polar", [slab(2, 8, launch.config("polar", 16).block, 1)], device))
     assert not noted("_total") and noted("_advance")[0][1]["T"] == 1
 
 
