@@ -96,6 +96,8 @@ TABLE: dict[tuple[str, int], Config] = {
 # (op, padded rank, target) -> what differs there; None where the kernel is not shipped and the reference runs
 EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("gram32", 128, "sm_80"): None,  # spills half a kilobyte in the loop
+    # triton 3.7's passes for tensor memory fail on the transposed operands of tf32x3 at this size
+    ("update", 16, "sm_100"): Config(block=64, warps=4),
     ("update", 64, "sm_100"): Config(block=32, warps=8, precision="tf32x3"),
     # tf32x3 does not exist there; float32 matrix instructions do
     ("update", 16, "gfx942"): Config(block=64, warps=4),

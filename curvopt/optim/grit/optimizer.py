@@ -65,8 +65,8 @@ class GritKFAC(BucketedOptimizer):
         model: the module to search when ``params`` are groups of tensors.
 
     A step with non-finite gradients changes nothing and is counted; see `diagnostics`. Cadences count the steps in
-    which a pair has gradients, such ones included, and what a skipped step should have done stays due. A GradScaler's scale
-    stays in S_d, and cancels in all that is made of it until it changes. Adapters in float16 are refused.
+    which a pair has gradients, such ones included, and what a skipped step should have done stays due. A GradScaler's
+    scale stays in S_d, and cancels in all that is made of it until it changes. Adapters in float16 are refused.
 
     Raises:
         TypeError: see `PairedOptimizer`.
