@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -481,24 +481,20 @@ class _Hook(_Watch):
         if mask is not None and mask.numel() * output.shape[channel] != output.numel():
             mask = None
         # the backward of B needs u too, so that holding it costs nothing (but r numbers a row under checkpointing)
-        watched.register_hook(
-            _Brought(self._capture, self._record, _Call(_rows(output.detach(), channel), mask), channel)
-        )
+        call = _Call(_rows(output.detach(), channel), mask)
+        watched.register_hook(_brought(weakref.ref(capture), weakref.ref(record), call, channel))
         return None if watched is output else watched
 
 
-class _Brought:
-    """Stands on u: the backward has brought d, of the shape of u with the rank in dimension ``channel``."""
+def _brought(capture: Any, record: Any, call: _Call, channel: int) -> Callable[[Tensor | None], None]:
+    """Return the tensor hook on u: the backward has brought d, of the shape of u with the rank in one dimension."""
 
-    __slots__ = ("_call", "_capture", "_channel", "_record")
+    def hook(d: Tensor | None) -> None:
+        owner, own = capture(), record()
+        if d is not None and owner is not None and own is not None:
+            owner.came(own, call, _rows(d, channel))
 
-    def __init__(self, capture: Any, record: Any, call: _Call, channel: int):
-        self._capture, self._record, self._call, self._channel = capture, record, call, channel
-
-    def __call__(self, d: Tensor | None) -> None:
-        capture, record = self._capture(), self._record()
-        if d is not None and capture is not None and record is not None:
-            capture.came(record, self._call, _rows(d, self._channel))
+    return hook
 
 
 def _channel(module: nn.Module, output: Tensor) -> int:

@@ -27,7 +27,8 @@ class ParameterLocator:
     def __init__(self, model: nn.Module | None, groups: list[dict[str, Any]], whole: bool = False) -> None:
         mine = {p for g in groups for p in g["params"]}
         self._model = model
-        self._outside = [(n, p) for n, p in model.named_parameters() if p not in mine] if model and whole else []
+        named = model.named_parameters() if model is not None and whole else ()
+        self._outside = [(name, p) for name, p in named if p not in mine]
         self._at: dict[Tensor, tuple[nn.Module, str]] = {}
         for module in model.modules() if model is not None else ():
             for name, p in module._parameters.items():

