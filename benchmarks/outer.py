@@ -19,10 +19,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import side_by_side
 import torch
 import training
-from contestants import Contestant, adamw, grit
-from harness import RESULTS, table
+from contestants import Contestant, grit
+from harness import RESULTS, Row, append_csv, table
 from outer_prototype import OuterPolar
 from tasks import TASKS, Task
 from torch import nn
@@ -36,16 +37,8 @@ START = {
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def outer(**options: Any) -> Contestant:
-    """The prototype with options."""
-
-    def make(task: Task, model: nn.Module, lr: float, steps: int) -> list[torch.optim.Optimizer]:
-        return [OuterPolar(model, lr, **options)]
-
-    return Contestant(make)
-
-
 FACTORS: dict[str, dict[str, Any]] = {
+    "AdamW": {"source": None, "damping": None},
     "polar": {"source": None},
     "gradient": {},
     "gradient k=8": {"k": 8},
@@ -86,19 +79,52 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def contestant(name: str) -> Contestant:
-    """Return who is called so: "AdamW" or "GritKFAC" or a key of FACTORS, changes, and betas in brackets."""
+def options(name: str) -> dict[str, Any] | None:
+    """Return the prototype's options for a contestant: a key of FACTORS, changes, and betas in brackets.
+
+    "AdamW" is the prototype without factors and without msign; "GritKFAC" is not a prototype.
+    """
     name, _, rest = name.removesuffix(")").partition(" (")
     betas = tuple(float(b) for b in rest.split(", ")) if rest else (0.7, 0.99)
-    if name == "AdamW":
-        return Contestant(adamw(betas=betas))
-    if name == "GritKFAC":
-        return Contestant(grit(betas=betas))
     base, *changes = name.split(", ")
-    options = dict(FACTORS[base])
+    if base == "GritKFAC":
+        return None
+    chosen = dict(FACTORS[base])
     for change in changes:
-        options |= CHANGES[change]
-    return outer(**options, betas=betas)
+        chosen |= CHANGES[change]
+    return {**chosen, "betas": betas}
+
+
+def contestant(name: str) -> Contestant:
+    """Return the contestant of a name."""
+    chosen = options(name)
+    if chosen is None:
+        betas = name.removesuffix(")").partition(" (")[2].split(", ")
+        return Contestant(grit(betas=tuple(float(b) for b in betas)))
+
+    def make(task: Task, model: nn.Module, lr: float, steps: int) -> list[torch.optim.Optimizer]:
+        return [OuterPolar(model, lr, **chosen)]
+
+    return Contestant(make)
+
+
+def fetch(log: Log, task: str, name: str, pairs: list[tuple[float, int]], horizon: float = 1.0) -> None:
+    """Run the pairs of learning rate and seed that the log lacks, side by side where the task allows it."""
+    present = {
+        (r["lr"], r["seed"]) for r in log.rows if (r["task"], r["optimizer"], r["horizon"]) == (task, name, horizon)
+    }
+    missing = [pair for pair in pairs if pair not in present]
+    chosen = options(name)
+    if chosen is None or task.split(",")[0] in ("regression", "sentences"):
+        for lr, seed in missing:
+            log.get(task, name, contestant(name), lr, seed, horizon)
+        return
+    size = 1 if "x batch" in task else 5
+    for i in range(0, len(missing), size):
+        for row in side_by_side.run(task, name, chosen, missing[i : i + size], horizon):
+            append_csv(log.results, training.RUN_COLUMNS, row)
+            log.rows.append(row)
+            print(*(row[k] for k in training.KEY), f"{row['valid']:.5g} {row['seconds']:.3g} s", flush=True)
 
 
 def with_betas(*names: str) -> list[str]:
@@ -146,14 +172,16 @@ def known(name: str) -> str:
 
 def tuned(log: Log, task: str, name: str, run: bool = True) -> float | None:
     """Return the learning rate with the lowest loss on seed 0; runs what is missing, or returns None."""
-    recorded = {
-        r["lr"]: r for r in log.rows if (r["task"], r["optimizer"], r["seed"], r["horizon"]) == (task, name, 0, 1)
-    }
+
+    def of(r: Row) -> bool:
+        return (r["task"], r["optimizer"], r["seed"], r["horizon"]) == (task, name, SEARCH_SEED, 1)
+
+    recorded = {r["lr"]: r for r in log.rows if of(r)}
 
     def loss(i: int) -> float:
-        if not run and RATES[i] not in recorded:
+        if not any(of(r) and r["lr"] == RATES[i] for r in log.rows):
             return math.inf
-        value = float(log.get(task, name, contestant(name), RATES[i], SEARCH_SEED)["valid"])
+        value = next(r["valid"] for r in log.rows if of(r) and r["lr"] == RATES[i])
         return value if math.isfinite(value) else math.inf
 
     if recorded:
@@ -163,6 +191,8 @@ def tuned(log: Log, task: str, name: str, run: bool = True) -> float | None:
     else:
         return None
     while True:
+        if run:
+            fetch(log, task, name, [(RATES[j], SEARCH_SEED) for j in (i - 1, i, i + 1)])
         j = min((i, i - 1, i + 1), key=loss)
         if j == i:
             return RATES[i]
@@ -260,8 +290,8 @@ def main() -> None:
         for name in names:
             lr = tuned(log, task, name)
             for horizon in args.horizons:
-                for seed in range(SEARCH_SEED + 1, SEARCH_SEED + 1 + args.seeds):
-                    log.get(task, name, contestant(name), lr or 0.0, seed, horizon)
+                seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + args.seeds)
+                fetch(log, task, name, [(lr or 0.0, seed) for seed in seeds], horizon)
 
 
 if __name__ == "__main__":

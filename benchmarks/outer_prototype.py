@@ -149,12 +149,14 @@ class Sheet:
 
     def read(self, tensors: list[Tensor]) -> Tensor:
         """Return tensors shaped as the members as a stack ``[L, r, d]``."""
-        return torch.stack([t.T if turned else t for t, (_, turned, _) in zip(tensors, self.members, strict=True)])
+        turned = [t.mT if turn else t for t, (_, turn, _) in zip(tensors, self.members, strict=True)]
+        return torch.stack(turned).flatten(0, -3)
 
-    def take(self, step: Tensor, lr: float) -> None:
-        """Subtract lr times the stack from the parameters."""
-        own = [s.T if turned else s for s, (_, turned, _) in zip(step.unbind(), self.members, strict=True)]
-        torch._foreach_sub_([p for p, _, _ in self.members], own, alpha=lr)
+    def take(self, step: Tensor, lr: float | Tensor) -> None:
+        """Subtract lr (one, or one a run) times the stack from the parameters."""
+        step = step.unflatten(0, (len(self.members), -1)) * torch.as_tensor(lr).reshape(-1, 1, 1)
+        for s, (p, turned, _) in zip(step, self.members, strict=True):
+            p.sub_((s.mT if turned else s).reshape(p.shape))
 
 
 class OuterPolar(torch.optim.Optimizer):
@@ -162,7 +164,7 @@ class OuterPolar(torch.optim.Optimizer):
 
     Args:
         model: PEFT model with one adapter, "default".
-        lr: learning rate.
+        lr: learning rate, or one a run for the stacks of `side_by_side`.
         betas: of Adam.
         eps: of Adam.
         damping: λ of msign; None leaves singular values alone.
@@ -183,7 +185,7 @@ class OuterPolar(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float] = (0.7, 0.99),
         eps: float = 1e-8,
         damping: float | None = 0.1,
@@ -215,13 +217,13 @@ class OuterPolar(torch.optim.Optimizer):
                 p = module.weight
                 paired.add(p)
                 on = source is not None and side in sides
-                d = p.shape[1] if side == "A" else p.shape[0]
+                d = p.shape[-1] if side == "A" else p.shape[-2]
                 found.setdefault((d, on), []).append((p, side == "B", p))
                 if on and source == "activation":
                     self.handles.append(module.register_forward_hook(self._watch(side, p)))
         self.sheets = []
         for (d, on), members in found.items():
-            L = len(members)
+            L = sum(p[..., 0, 0].numel() for p, _, _ in members)
             if not on:
                 factor = None
             elif k is None or method == "exact":
@@ -235,12 +237,12 @@ class OuterPolar(torch.optim.Optimizer):
 
     def _watch(self, side: str, key: Tensor) -> Callable[..., None]:
         def thin(x: Tensor) -> Tensor:
-            x = x.detach().reshape(-1, x.shape[-1])
-            n = self.rows
-            if n is None or n >= len(x):
+            x = x.detach().reshape(key.shape[0] if key.dim() == 3 else 1, -1, x.shape[-1])
+            n, of = self.rows, x.shape[1]
+            if n is None or n >= of:
                 return x
-            first = self.clock * 7919 % len(x)  # another start at every step, the same for every contestant
-            return x[(first + torch.arange(n) * len(x) // n) % len(x)]
+            first = self.clock * 7919 % of  # another start at every step, the same for every contestant
+            return x[:, (first + torch.arange(n) * of // n) % of]
 
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
             if not module.training or self.clock % self.factor_every:
@@ -264,9 +266,7 @@ class OuterPolar(torch.optim.Optimizer):
         for sheet in self.sheets:
             grads, factor = sheet.read([p.grad for p, _, _ in sheet.members]), sheet.factor
             if factor is not None and self.clock % self.factor_every == 0:
-                factor.add(
-                    grads if self.source == "gradient" else torch.stack([self.seen[k] for *_, k in sheet.members])
-                )
+                factor.add(grads if self.source == "gradient" else torch.cat([self.seen[k] for *_, k in sheet.members]))
             # at the second step too: while B = 0 there is no gradient of A
             if factor is not None and (self.clock % self.root_every == 0 or self.clock == 1):
                 factor.refresh(self.exponent, self.outer_damping)
