@@ -1,12 +1,12 @@
-"""What the outer Kronecker factors bring to "polar", by the prototype of `outer_prototype`, one question at a time.
+"""What the outer Kronecker factors add to "polar": ablations of the prototype in `outer_prototype`.
 
-    python benchmarks/outer.py --groups betas source            # resumes where results/outer.csv ends
+    python benchmarks/outer.py --groups betas source            # resumes from results/outer.csv
     python benchmarks/outer.py --groups betas --tasks headers "headers, 4x batch" --seeds 3
     python benchmarks/outer.py --names gradient --horizons 0.8 0.7 0.6
-    python benchmarks/outer.py --table --groups betas source    # print what is there, against AdamW
+    python benchmarks/outer.py --table --groups betas source    # print the recorded results against AdamW
 
-A group is a question, and a list of contestants. For each contestant and task the learning rate climbs a grid of
-factor √2 on the validation loss of seed 0 until both neighbours of the best are worse; seeds 1 and on are reported.
+A group is the list of contestants of one question. For each contestant and task the learning rate climbs a grid of
+factor √2 on the validation loss of seed 0 until both neighbours of the best are worse; seeds from 1 on are reported.
 Tables give the mean validation loss and the mean paired difference to AdamW (its betas tuned on seed 0), with half of
 the 95 % interval (Student's t over seeds). Tasks may be varied: "headers, 4x batch", "headers, 1000 steps",
 "headers, r=64".
@@ -80,9 +80,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def options(name: str) -> dict[str, Any] | None:
-    """Return the prototype's options for a contestant: a key of FACTORS, changes, and betas in brackets.
+    """Return the prototype's options for a name: a key of FACTORS, then CHANGES, then betas in brackets.
 
-    "AdamW" is the prototype without factors and without msign; "GritKFAC" is not a prototype.
+    "AdamW" is the prototype without factors and without msign. "GritKFAC" is the package's, hence None.
     """
     name, _, rest = name.removesuffix(")").partition(" (")
     betas = tuple(float(b) for b in rest.split(", ")) if rest else (0.7, 0.99)
@@ -96,7 +96,7 @@ def options(name: str) -> dict[str, Any] | None:
 
 
 def contestant(name: str) -> Contestant:
-    """Return the contestant of a name."""
+    """Return the contestant with this name."""
     chosen = options(name)
     if chosen is None:
         betas = name.removesuffix(")").partition(" (")[2].split(", ")
@@ -109,7 +109,7 @@ def contestant(name: str) -> Contestant:
 
 
 def fetch(log: Log, task: str, name: str, pairs: list[tuple[float, int]], horizon: float = 1.0) -> None:
-    """Run the pairs of learning rate and seed that the log lacks, side by side where the task allows it."""
+    """Run the pairs of learning rate and seed that are not in the log, batched where the task allows it."""
     present = {
         (r["lr"], r["seed"]) for r in log.rows if (r["task"], r["optimizer"], r["horizon"]) == (task, name, horizon)
     }
@@ -132,27 +132,27 @@ def with_betas(*names: str) -> list[str]:
     return [f"{name} {betas}" for name in names for betas in BETAS]
 
 
+BEFORE = "gradient, before Adam"
 GROUPS: dict[str, list[str]] = {
-    "betas": [n for n in with_betas("AdamW", "polar", "gradient") if n != "gradient (0.7, 0.99)"],
-    "basis": ["GritKFAC (0.9, 0.999)", "GritKFAC (0.7, 0.99)"],
-    "source": ["activation", "activation full", "gradient full", "activation k=32", "gradient k=32"],
-    "sides": [f"{f}, {s} only" for f in ("gradient", "activation full", "gradient full") for s in "AB"],
-    "order": [
-        f"{f}, {o}" for f in ("gradient", "activation full") for o in ("before Adam", "before and after", "no msign")
-    ],
-    "k": ["gradient k=8", "gradient k=64", "activation k=8"],
+    "betas": [name for name in with_betas("AdamW", "polar", "gradient") if name != "gradient (0.7, 0.99)"],
+    "basis": ["polar (0.7, 0.99)", "GritKFAC (0.7, 0.99)"],
+    "source": [f"{source}{k}" for source in ("gradient", "activation") for k in ("", " k=32", " full")]
+    + ["activation, power"],
+    "sides": ["gradient, A only", "gradient, B only"],
+    "order": [BEFORE, "gradient, before and after"],
+    "method": ["gradient, power", "gradient, exact", f"{BEFORE}, power", f"{BEFORE}, power, roots every step"],
+    "cadence": [f"{BEFORE}, rows every 5", f"{BEFORE}, roots every 20"],
+    "exponent": [f"{BEFORE}, p=1/4", f"{BEFORE}, p=1", f"{BEFORE}, no msign"],
+    "damping": [f"{BEFORE}, λ={x}" for x in ("0.03", "0.3")] + [f"{BEFORE}, msign λ={x}" for x in ("0.03", "0.3")],
+    "decay": [f"{BEFORE}, decay {x}" for x in ("0.9", "0.99")],
+    "k": [f"gradient k={k}" for k in (8, 64)],
     "shape": [f"{f} full, {s}" for f in ("gradient", "activation") for s in ("blocks of 16", "diagonal")],
-    "exponent": [f"{f}, p={p}" for f in ("gradient", "activation full") for p in ("1/4", "1")],
-    "method": [f"gradient, {m}" for m in ("exact", "power", "oja")] + ["activation, exact", "activation, power"],
-    "damping": [f"gradient, {c}" for c in ("λ=0.01", "λ=0.03", "λ=0.3", "λ=1", "msign λ=0.03", "msign λ=0.3")],
-    "decay": [f"gradient, {c}" for c in ("decay 0.9", "decay 0.99")],
-    "cadence": [f"gradient, {c}" for c in ("rows every 5", "roots every step", "roots every 20")]
-    + ["activation, rows every 5", "activation, 64 rows", "activation, all rows"],
+    "long": ["AdamW (0.9, 0.999)", "AdamW (0.7, 0.99)", f"{BEFORE} (0.9, 0.999)", BEFORE],
 }
 
 
-def known(name: str) -> str:
-    """Make a varied task known and return its name."""
+def register(name: str) -> str:
+    """Register a varied task and return its name."""
     if name in TASKS:
         return name
     base, *changes = name.split(", ")
@@ -200,7 +200,7 @@ def tuned(log: Log, task: str, name: str, run: bool = True) -> float | None:
 
 
 def start(log: Log, task: str) -> int:
-    """Return where a climb begins: at the rate that most contestants of this task came out with."""
+    """Return where a climb starts: at the most frequent best rate of this task so far."""
     best: dict[str, tuple[float, float]] = {}
     for r in log.rows:
         if (r["task"], r["seed"], r["horizon"]) == (task, SEARCH_SEED, 1) and "AdamW" not in r["optimizer"]:
@@ -269,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["headers", "headers32", "language"])
     parser.add_argument("--groups", nargs="+", default=[], choices=list(GROUPS))
-    parser.add_argument("--names", nargs="+", default=[], help="contestants besides those of the groups")
+    parser.add_argument("--names", nargs="+", default=[], help="further contestants")
     parser.add_argument("--seeds", type=int, default=5, help="reported seeds; 0 only chooses learning rates")
     parser.add_argument("--horizons", type=float, nargs="*", default=[1.0], help="shares of the steps")
     parser.add_argument("--out", type=Path, default=RESULTS / "outer.csv")
@@ -281,7 +281,7 @@ def main() -> None:
     training.CHECKS = 2  # curves are not needed, and looks at the validation loss take time
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     log = Log(args.out)
-    tasks = [known(task) for task in args.tasks]
+    tasks = [register(task) for task in args.tasks]
     names = list(dict.fromkeys([*(n for g in args.groups for n in GROUPS[g]), *args.names]))
     if args.table:
         print_table(log, tasks, names, args.against, args.horizons, args.what)

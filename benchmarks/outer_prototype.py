@@ -1,14 +1,17 @@
-"""A prototype for outer.py: Adam's step, seen through the outer Kronecker factors, its singular values made alike.
+"""Prototype for outer.py: Adam preconditioned by the outer Kronecker factors, with equalised singular values.
 
 K-FAC says Fisher(A) ≈ S_x ⊗ S_d and Fisher(B) ≈ S_u ⊗ S_g, with S_x = E[x xᵀ] over inputs and S_g = E[g gᵀ] over
-gradients at the outputs: these are the outer factors, d×d. Here every A ``(r, d_in)`` and every Bᵀ ``(r, d_out)`` is a
-matrix with r rows, and
+gradients at the outputs. S_x and S_g are the outer factors, d×d. Every A ``(r, d_in)`` and every Bᵀ ``(r, d_out)`` is
+treated as a matrix of r rows:
 
-    δ = Adam(∇)    X = δ S̃^(-p)    step = msign_λ(X) · ‖δ‖_F / ‖msign_λ(X)‖_F    S̃ = S / mean diag S + λ I
+    after Adam:   δ = Adam(∇)            X = δ S̃^(-p)
+    before Adam:  δ = Adam(∇ S̃^(-p))     X = δ
+    step = msign_λ(X) · ‖δ‖_F / ‖msign_λ(X)‖_F        S̃ = S / mean diag S + λ I
 
-msign_λ(X) = (X Xᵀ / mean eigenvalue + λ I)^(-1/2) X. The factor S is an average of rows y yᵀ: of inputs and output
-gradients, or of the rows of ∇A and ∇Bᵀ, which need no hook. It is kept whole, or by its k leading eigenvectors V, their
-eigenvalues μ and its trace, what is left being taken for a multiple of the identity. Plain torch, one device.
+msign_λ(X) = (X Xᵀ / mean eigenvalue + λ I)^(-1/2) X. S is a moving average of y yᵀ over rows y: inputs and output
+gradients ("activation", needs hooks), or the rows of ∇A and ∇Bᵀ ("gradient", needs none). It is stored as a matrix, or
+as its k leading eigenvectors V, their eigenvalues μ and its trace; the rest is approximated by a multiple of the
+identity. Plain torch, one device.
 """
 
 from collections.abc import Callable
@@ -19,14 +22,14 @@ from torch import Tensor, nn
 
 
 class Whole:
-    """The d×d factor itself, bias-free up to scale, and the matrix S̃^(-p).
+    """The d×d factor, without bias correction (only its shape is used, not its scale), and the matrix S̃^(-p).
 
     Args:
-        L: matrices.
-        d: their columns.
-        decay: of the average.
-        k: if given, what is below the k largest eigenvalues is replaced by its mean.
-        block: if given, only blocks of so many columns are kept; 1 is the diagonal.
+        L: number of matrices.
+        d: columns.
+        decay: of the moving average.
+        k: if given, eigenvalues below the k largest are replaced by their mean.
+        block: if given, the width of the diagonal blocks that are kept; 1 keeps the diagonal.
     """
 
     def __init__(self, L: int, d: int, decay: float, k: int | None = None, block: int | None = None) -> None:
@@ -34,11 +37,11 @@ class Whole:
         self.root = torch.eye(d).repeat(L, 1, 1)
 
     def add(self, rows: Tensor) -> None:
-        """Average in rows ``[L, n, d]``."""
+        """Update the moving average with rows ``[L, n, d]``."""
         self.S.mul_(self.decay).add_(rows.mT @ rows / rows.shape[1], alpha=1 - self.decay)
 
     def refresh(self, exponent: float, damping: float) -> None:
-        """Make the root anew."""
+        """Recompute S̃^(-p)."""
         L, d, _ = self.S.shape
         mean = self.S.diagonal(dim1=1, dim2=2).mean(1)
         S = self.S / torch.where(mean > 0, mean, 1.0)[:, None, None]
@@ -66,12 +69,12 @@ class LowRank:
     """k eigenvectors V ``[L, k, d]`` (rows) with eigenvalues μ, and the trace; S̃^(-p) = c I + Vᵀ diag(w) V.
 
     Args:
-        L: matrices.
-        d: their columns.
-        decay: of the average.
+        L: number of matrices.
+        d: columns.
+        decay: of the moving average.
         k: eigenvectors kept.
-        method: how rows enter. "svd": the k leading right singular vectors of [√(βμ) V; √((1−β)/n) rows], by the
-            eigenvectors of its small Gram matrix. "power": one step of orthogonal iteration on β Vᵀ μ V + (1−β) rowsᵀ
+        method: how rows update V and μ. "svd": the k leading right singular vectors of [√(βμ) V; √((1−β)/n) rows], from
+            the eigenvectors of its small Gram matrix. "power": one step of orthogonal iteration on β Vᵀ μ V + (1−β) rowsᵀ
             rows / n. "oja": V + the gradient of the captured energy, orthonormalised.
     """
 
@@ -85,15 +88,16 @@ class LowRank:
         self.c, self.w = torch.ones(L), torch.zeros(L, k)
 
     def add(self, rows: Tensor) -> None:
-        """Average in rows ``[L, n, d]``."""
+        """Update the moving average with rows ``[L, n, d]``."""
         b, n = self.decay, rows.shape[1]
         k, d = self.V.shape[1:]
         self.trace = b * self.trace + (1 - b) * rows.square().sum((1, 2)) / n
         if self.method == "svd":
+            # scaled to trace one: gradients may be so small that their squares underflow in float32
             M = torch.cat(((b * self.mu).sqrt()[:, :, None] * self.V, ((1 - b) / n) ** 0.5 * rows), 1)
             size = self.trace.clamp(min=1e-38)[:, None, None]
             M = M / size.sqrt()
-            if k + n < d:
+            if k + n < d:  # the smaller of the two Gram matrices
                 values, U = torch.linalg.eigh(M @ M.mT)
                 values, U = values[:, -k:], U[:, :, -k:]
                 kept = values > 1e-6 * values[:, -1:].clamp(min=1e-30)
@@ -103,17 +107,18 @@ class LowRank:
                 values, self.V = values[:, -k:], U[:, :, -k:].mT
             self.mu = values.clamp(min=0) * size[:, 0]
             return
-        into = (self.V @ rows.mT / n) @ rows
+        into = (self.V @ rows.mT / n) @ rows  # V rowsᵀ is what `apply` needs too, if rows are the gradient
         if self.method == "power":
             Y = b * self.mu[:, :, None] * self.V + (1 - b) * into
         else:
             Y = self.V + (1 - b) * into / self.trace.clamp(min=1e-38)[:, None, None] * k
+        # ∇A is zero at the first step, where B = 0: V stays the random start
         V = torch.linalg.qr(Y.mT).Q.mT if bool((self.trace > 0).all()) else self.V
         old = ((V @ self.V.mT).square() * self.mu[:, None, :]).sum(2)
         self.V, self.mu = V, b * old + (1 - b) * (V @ rows.mT).square().mean(2)
 
     def refresh(self, exponent: float, damping: float) -> None:
-        """Make c and w anew."""
+        """Recompute c and w."""
         k, d = self.V.shape[1:]
         mean = torch.where(self.trace > 0, self.trace / d, 1.0)
         mu = self.mu / mean[:, None]
@@ -134,11 +139,11 @@ def equalised(X: Tensor, damping: float) -> Tensor:
     return (Q * (values.clamp(min=0) + damping).rsqrt()[:, None, :]) @ (Q.mT @ X)
 
 
-class Sheet:
-    """Matrices ``(r, d)`` of one width, A or Bᵀ, with their state.
+class Bucket:
+    """Matrices ``(r, d)`` of equal width, A or Bᵀ, with their state.
 
     Args:
-        members: parameter, whether it is transposed, and the name of its rows, one a matrix.
+        members: for each matrix the parameter, whether it is transposed, and the key of its activation rows.
         factor: the outer factor, or None.
     """
 
@@ -148,38 +153,38 @@ class Sheet:
         self.m, self.v = torch.zeros(shape), torch.zeros(shape)
 
     def read(self, tensors: list[Tensor]) -> Tensor:
-        """Return tensors shaped as the members as a stack ``[L, r, d]``."""
+        """Return tensors of the members' shapes as a stack ``[L, r, d]``."""
         turned = [t.mT if turn else t for t, (_, turn, _) in zip(tensors, self.members, strict=True)]
         return torch.stack(turned).flatten(0, -3)
 
     def take(self, step: Tensor, lr: float | Tensor) -> None:
-        """Subtract lr (one, or one a run) times the stack from the parameters."""
+        """Subtract lr (a number, or a tensor of one per run) times the stack from the parameters."""
         step = step.unflatten(0, (len(self.members), -1)) * torch.as_tensor(lr).reshape(-1, 1, 1)
         for s, (p, turned, _) in zip(step, self.members, strict=True):
             p.sub_((s.mT if turned else s).reshape(p.shape))
 
 
 class OuterPolar(torch.optim.Optimizer):
-    """See the module. Parameters that are no LoRA pair get Adam.
+    """The update of the module docstring; trainable parameters outside LoRA pairs get Adam.
 
     Args:
         model: PEFT model with one adapter, "default".
-        lr: learning rate, or one a run for the stacks of `side_by_side`.
+        lr: learning rate, or a tensor of one per run for the stacks of `side_by_side`.
         betas: of Adam.
         eps: of Adam.
-        damping: λ of msign; None leaves singular values alone.
+        damping: λ of msign; None: no msign.
         source: of the outer factors: "gradient" (rows of ∇A and ∇Bᵀ), "activation" (inputs, output gradients), or None.
-        k: eigenvectors of them, None for the whole factor.
-        method: "exact" (k of the whole average), or `LowRank`'s.
-        block: columns of a block, for the whole factor.
-        sides: which have outer factors: "AB", "A" or "B".
-        order: "after" Adam, "before" it, or "both": Adam in whitened coordinates.
+        k: eigenvectors kept; None for the full factor.
+        method: "exact" (k eigenvectors of the full average), or a method of `LowRank`.
+        block: width of diagonal blocks of the full factor; None for all of it.
+        sides: LoRA matrices that have an outer factor: "AB", "A" or "B".
+        order: "after" Adam, "before" Adam, or "both" (Adam in whitened coordinates).
         exponent: p.
         outer_damping: λ of S̃.
-        decay: of the average of rows.
-        factor_every: steps between rows that count.
-        root_every: steps between roots.
-        rows: rows of an activation that are read; None for all.
+        decay: of the moving average.
+        factor_every: steps between updates of the factors.
+        root_every: steps between updates of S̃^(-p).
+        rows: rows per step of the source "activation"; None for all.
     """
 
     def __init__(
@@ -221,7 +226,7 @@ class OuterPolar(torch.optim.Optimizer):
                 found.setdefault((d, on), []).append((p, side == "B", p))
                 if on and source == "activation":
                     self.handles.append(module.register_forward_hook(self._watch(side, p)))
-        self.sheets = []
+        self.buckets = []
         for (d, on), members in found.items():
             L = sum(p[..., 0, 0].numel() for p, _, _ in members)
             if not on:
@@ -230,7 +235,7 @@ class OuterPolar(torch.optim.Optimizer):
                 factor = Whole(L, d, decay, k, block)
             else:
                 factor = LowRank(L, d, decay, k, method)
-            self.sheets.append(Sheet(members, factor))
+            self.buckets.append(Bucket(members, factor))
         others = [p for p in model.parameters() if p.requires_grad and p not in paired]
         self.others = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in others]
         super().__init__([*paired, *others], {"lr": lr})
@@ -241,7 +246,7 @@ class OuterPolar(torch.optim.Optimizer):
             n, of = self.rows, x.shape[1]
             if n is None or n >= of:
                 return x
-            first = self.clock * 7919 % of  # another start at every step, the same for every contestant
+            first = self.clock * 7919 % of  # evenly spaced, from a start that varies by step
             return x[:, (first + torch.arange(n) * of // n) % of]
 
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -255,7 +260,7 @@ class OuterPolar(torch.optim.Optimizer):
         return hook
 
     def remove_hooks(self) -> None:
-        """Leave the model alone from now on."""
+        """Remove the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
@@ -263,22 +268,24 @@ class OuterPolar(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Take one step."""
         lr = self.param_groups[0]["lr"]
-        for sheet in self.sheets:
-            grads, factor = sheet.read([p.grad for p, _, _ in sheet.members]), sheet.factor
+        for bucket in self.buckets:
+            grads, factor = bucket.read([p.grad for p, _, _ in bucket.members]), bucket.factor
             if factor is not None and self.clock % self.factor_every == 0:
-                factor.add(grads if self.source == "gradient" else torch.cat([self.seen[k] for *_, k in sheet.members]))
-            # at the second step too: while B = 0 there is no gradient of A
+                factor.add(
+                    grads if self.source == "gradient" else torch.cat([self.seen[k] for *_, k in bucket.members])
+                )
+            # at the second step too: ∇A is zero at the first, where B = 0
             if factor is not None and (self.clock % self.root_every == 0 or self.clock == 1):
                 factor.refresh(self.exponent, self.outer_damping)
             if factor is not None and self.order in ("before", "both"):
                 grads = factor.apply(grads)
-            delta = self._adam(grads, sheet.m, sheet.v)
+            delta = self._adam(grads, bucket.m, bucket.v)
             X = delta if factor is None or self.order == "before" else factor.apply(delta)
             if self.damping is not None:
                 X = equalised(X, self.damping)
             length = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True)
             want = torch.linalg.vector_norm(delta, dim=(1, 2), keepdim=True)
-            sheet.take(X * torch.where(length > 0, want / length, 0.0), lr)
+            bucket.take(X * torch.where(length > 0, want / length, 0.0), lr)
         for p, m, v in self.others:
             p.sub_(self._adam(p.grad, m, v), alpha=lr)
         self.clock += 1

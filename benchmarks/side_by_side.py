@@ -1,8 +1,8 @@
-"""Runs that differ in seed and learning rate alone, side by side in one model: the same results, sooner.
+"""Several runs that differ only in seed and learning rate, batched into one model.
 
-Small models spend most of a step on calls, not on arithmetic. Here R adapters sit on one frozen base model; a batch is
-the R runs' batches one after the other, every LoRA matrix is a stack of R, and each run's loss has its own gradient, so
-that each run is what `training.run` would have done, up to rounding. For the tasks without trained heads.
+Small models spend much of a step on call overhead. Here R adapters share one frozen base model: a batch is the
+concatenation of the R runs' batches, every LoRA matrix is a stack of R, and the sum of the R losses is differentiated,
+so each run takes the steps that `training.run` would take, up to rounding. For tasks without trained heads.
 """
 
 import math
@@ -33,10 +33,10 @@ class Stack(nn.Module):
 
 
 class StackedLora(nn.Module):
-    """A frozen linear layer with R LoRA pairs, for R batches one after the other.
+    """A frozen linear layer with R LoRA pairs, for R concatenated batches.
 
     Args:
-        layers: PEFT's layers of the R runs; the first lends the base layer.
+        layers: PEFT's layers of the R runs; the base layer is the first one's.
     """
 
     def __init__(self, layers: list[Any]) -> None:
@@ -62,7 +62,7 @@ def stacked(models: list[nn.Module]) -> nn.Module:
 
 
 def losses(task: Task, model: nn.Module, batch: Batch, R: int) -> tuple[Tensor, Tensor]:
-    """Return mean loss and share of right predictions ``[R]`` for a batch of R batches."""
+    """Return mean loss and accuracy ``[R]`` for a batch of R batches."""
     labels = batch["labels"]
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     if labels.dim() == 2:  # language: the next token
@@ -88,7 +88,7 @@ def losses_on(task: Task, model: nn.Module, part: str, R: int) -> tuple[list[flo
 def run(
     task_name: str, name: str, options: dict[str, Any], pairs: list[tuple[float, int]], horizon: float = 1.0
 ) -> list[Row]:
-    """Fine-tune R adapters at once and measure each.
+    """Fine-tune R adapters and measure each.
 
     Args:
         task_name: key in `TASKS`; not "sentences" nor "regression".
@@ -98,7 +98,7 @@ def run(
         horizon: share of the task's steps.
 
     Returns:
-        A row of results each, as `training.run` makes them.
+        One row of results per run, as `training.run` returns it.
     """
     task, R = load(task_name), len(pairs)
     steps = round(task.steps * horizon)
