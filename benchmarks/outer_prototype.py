@@ -74,8 +74,8 @@ class LowRank:
         decay: of the moving average.
         k: eigenvectors kept.
         method: how rows update V and μ. "svd": the k leading right singular vectors of [√(βμ) V; √((1−β)/n) rows], from
-            the eigenvectors of its small Gram matrix. "power": one step of orthogonal iteration on β Vᵀ μ V + (1−β) rowsᵀ
-            rows / n. "oja": V + the gradient of the captured energy, orthonormalised.
+            the eigenvectors of its small Gram matrix. "power": one step of orthogonal iteration on
+            β Vᵀ μ V + (1−β) rowsᵀ rows / n. "oja": V + the gradient of the captured energy, orthonormalised.
     """
 
     def __init__(self, L: int, d: int, decay: float, k: int, method: str = "svd") -> None:
