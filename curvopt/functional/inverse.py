@@ -89,14 +89,7 @@ def normalised(S: Tensor, k: Tensor | None = None, dtype: torch.dtype = torch.fl
     total = trace(S)
     usable = finite & (total > 0)
     S.mul_((rank / torch.where(usable, total, 1.0)).to(dtype)[:, None, None])
-    if not _all(usable):
-        S = torch.where(usable[:, None, None], S, torch.eye(r, dtype=S.dtype, device=S.device))
-    return S, usable
-
-
-def _all(good: Tensor) -> bool:
-    """Return whether all are known to be good. On the CPU, where a look costs less than a selection."""
-    return good.is_cpu and bool(good.all())
+    return torch.where(usable[:, None, None], S, torch.eye(r, dtype=S.dtype, device=S.device)), usable
 
 
 def damped_inverse(
@@ -230,19 +223,19 @@ def eigenbasis(S: Tensor, k: Tensor | None = None, previous: Tensor | None = Non
 
 def _shift(S_hat: Tensor, live: float | Tensor, dead: float | Tensor, k: Tensor | None) -> Tensor:
     """Return the diagonal ``[L, r]`` to add: ``live`` on live directions and ``dead`` on dead ones."""
-    like = {"dtype": S_hat.dtype, "device": S_hat.device}
-    alive = torch.as_tensor(live, **like)
-    if k is None:
-        return alive.expand(S_hat.shape[:-1])
-    return torch.where(live_rows(k, S_hat.shape[-1]), alive, torch.as_tensor(dead, **like))
+    alive, rest = _scalar(live, S_hat), _scalar(dead, S_hat)
+    return alive.expand(S_hat.shape[:-1]) if k is None else torch.where(live_rows(k, S_hat.shape[-1]), alive, rest)
+
+
+def _scalar(x: float | Tensor, like: Tensor) -> Tensor:
+    """Return a number as a tensor, made on the device: an upload cannot be captured."""
+    return x.to(like) if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
 
 
 def _settle(M: Tensor, S: Tensor, good: Tensor, k: Tensor | None, previous: Tensor | None) -> Tensor:
     """Return ``M`` where it is good and finite, else the identity if S is empty, else ``previous`` or the identity."""
     M = M.to(S.dtype)
     good = good & M.sum((-2, -1)).isfinite()
-    if k is None and _all(good):
-        return M
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     if k is not None:  # exactly the identity on dead directions
         alive = live_rows(k, S.shape[-1])

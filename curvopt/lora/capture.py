@@ -225,13 +225,17 @@ class Capture:
         self._hooked.pop(pair, None)
 
     def adopt(self, other: Capture) -> None:
-        """Take over what another capture has counted, and expects, for the same parameters."""
+        """Take over what another capture has counted, and expects, for the same pairs or parameters.
+
+        Where parameters were replaced since the backward (FSDP2), no hook will tell of their gradients any more.
+        """
         other.flush()
         before = {id(record.pair.A): record for record in other._records.values()}
         for pair, record in self._records.items():
-            old = before.get(id(pair.A))
+            old = other._records.get(pair) or before.get(id(pair.A))
             if old is None:
                 continue
+            record.waiting = list(old.waiting)
             record.version, record.calls = old.version, old.calls
             self._touched.add(record)
             self.fired[pair] += other.fired[old.pair]
@@ -241,6 +245,8 @@ class Capture:
                 record.calls = old.calls
                 mine.sums[:, j].copy_(store.sums[:, i])
                 mine.n[j] = store.n[i]
+            if record.at_once:
+                self._count(record)
 
     # ------------------------------------------------------------------------------------------ reading
 

@@ -74,8 +74,9 @@ class Curvature:
         self._warned = False
         if before is not None:
             before.capture.remove()
-            self.capture.adopt(before.capture)
         self.capture.attach()
+        if before is not None:
+            self.capture.adopt(before.capture)
 
     def arm(self, buckets: Sequence[Bucket], sides: Sequence[Side]) -> None:
         """Let the hooks run only on the way to a step that will observe."""
@@ -126,12 +127,24 @@ class Curvature:
         self.capture.flush()
         if world_size(self._process_group) == 1:
             return
-        self.capture.prepare([s.pair for b in buckets for s in b.sides])
-        stores = self.capture.stores
-        n = torch.cat([_column(store.n, stores[0].sums.device) for store in stores])
-        n = all_reduce_grams([store.sums for store in stores], self._process_group, n)
-        for store, own in zip(stores, n.split([len(store.index) for store in stores]), strict=True):
-            store.n = own.to(store.sums.device)
+        moving = dict.fromkeys(s.pair for b in buckets for s in b.sides)
+        self.capture.prepare(moving)
+        sums, counts, rows = [], [], []
+        for store in self.capture.stores:  # idle pairs have nothing to add, here or anywhere
+            at = [i for pair, i in store.index.items() if pair in moving]
+            every = len(at) == len(store.index)
+            rows.append(at)
+            sums.append(store.sums if every else store.sums[:, at])
+            counts.append(_column(store.n if every else [store.n[i] for i in at], store.sums.device))
+        n = all_reduce_grams(sums, self._process_group, torch.cat([c.to(sums[0].device) for c in counts]))
+        parts = n.split([len(at) for at in rows])
+        for store, at, own, count in zip(self.capture.stores, rows, sums, parts, strict=True):
+            if len(at) == len(store.index):
+                store.n = count.to(store.sums.device)
+            else:
+                store.sums[:, at] = own
+                spread = dict(zip(at, count.to(store.sums.device).unbind(), strict=True))
+                store.n = [spread.get(i, 0) for i in range(len(store.index))]
 
     def places(self, bucket: Bucket, store: Store) -> "_Places":
         """Return where the sums of a bucket's sides are in a store."""
