@@ -29,7 +29,8 @@ from curvopt import GritKFAC, MatryoshkaScaledAdam
 ADAPTERS = ("default", "other")
 FAULTS = ("nan", "overflow", "thrown away", "zero")
 MAKES = {
-    "grit": lambda model: GritKFAC(model, lr=1e-3, inverse_every=1, weight_decay=0.01),
+    # by activations the loss scale, which accidents change, would weigh the averages
+    "grit": lambda model: GritKFAC(model, lr=1e-3, statistics="gradient", inverse_every=1, weight_decay=0.01),
     "matryoshka": lambda model: MatryoshkaScaledAdam(model, lr=1e-3, weight_decay=0.01),
 }
 EVERY = 25  # steps between checkpoints
@@ -138,11 +139,11 @@ def soak(name: str, steps: int, seed: int, kills: int) -> bool:
     print(f"{name}: {steps} steps, {done} processes killed, {time.perf_counter() - begun:.0f} s")
     print(f"  accidents planned   {dict(sorted(planned.items()))}")
     print(f"  accidents counted   {dict(sorted(stormy.counts.items()))}")
-    print(f"  updates skipped     {skipped} = {planned['nan']} nan + {planned['overflow']} overflow")
+    print(f"  updates skipped     {skipped}, and {planned['nan'] + planned['overflow']} steps left out by the scaler")
     print(f"  zero batches        {planned['zero']}")
     print(f"  loss scale          {stormy.scaler.get_scale():g} (calm: {calm.scaler.get_scale():g})")
     print(f"  tensors that differ {len(unequal)} {unequal[:3]}")
-    return stormy.counts == planned and skipped == planned["nan"] + planned["overflow"] and not unequal
+    return stormy.counts == planned and skipped == 0 and not unequal
 
 
 def main() -> None:

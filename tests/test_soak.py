@@ -14,7 +14,7 @@ def test_a_short_soak_is_accounted_for(name, tmp_path):
         run.go(60, 5, quiet=True)
     planned = Counter(spoil for some in soak.accidents(60, 5).values() for spoil in some)
     assert stormy.counts == planned and set(planned) == set(soak.FAULTS)
-    assert soak.counted(stormy) == planned["nan"] + planned["overflow"]
+    assert soak.counted(stormy) == 0  # the scaler leaves such steps out by itself
     ends = [models.snapshot(run.model, run.optimizer) for run in (calm, stormy)]
     assert soak.differing(*ends) == []
     stormy.once(60)

@@ -339,7 +339,8 @@ class Rule:
         """
         if self.coordinates is None or new is None or old is None:
             return M
-        return torch.linalg.solve(self.coordinates(old), self.coordinates(new) @ M, left=False)
+        # solve_ex: nothing raises, and nothing waits for the device
+        return torch.linalg.solve_ex(self.coordinates(old), self.coordinates(new) @ M, left=False).result
 
 
 def _transposed(Q: Tensor) -> Tensor:

@@ -271,14 +271,28 @@ class Bucket:
         """Let plans be made anew, after a change of what they were made of."""
         self._plans.clear()
 
-    def transform(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None:
-        """Map parameters or moments on the rank side and mask them; see `functional.plan.ReferencePlan.transform_`."""
+    def transform(
+        self,
+        of: str,
+        M: Tensor | None,
+        k: Tensor | None,
+        found_inf: Tensor,
+        finish: Callable[[Block, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Map parameters or moments on the rank side and mask them; see `functional.plan.ReferencePlan.transform_`.
+
+        ``finish`` may change parameters ``[L, m, n]`` once more before they are written.
+        """
         if of == "moments" or self.blocks[0].shards is None:
             self.plan.transform_(of, M, k, found_inf)
+            if finish is not None:
+                for block in self.blocks:
+                    block.assign(finish(block, block.weights()))
             return
         for block in self.blocks:
             own = [None if X is None else X[block.rows] for X in (M, k)]
-            block.assign(mapped(own[0], block.weights(), own[1], block.rank_dim))
+            X = mapped(own[0], block.weights(), own[1], block.rank_dim)
+            block.assign(X if finish is None else finish(block, X))
 
     # ------------------------------------------------------------------ periodic work
 

@@ -78,11 +78,12 @@ def _transform(
     M = torch.stack([maps.get(s, (eye, eye))[0] for s in bucket.sides])
     M_grad = torch.stack([maps.get(s, (eye, eye))[1] for s in bucket.sides])
     state, k = bucket.state, bucket.state["rank"]
-    bucket.transform("params", M, k, found_inf)
-    if bucket.group["rank_threshold"] is not None:
-        for block in bucket.blocks:
-            if any(s in lifted for s in block.sides):
-                _seed_rows(block, k[block.rows], lifted, bucket.steps)
+    seeds = bucket.group["rank_threshold"] is not None and any(s in lifted for s in bucket.sides)
+
+    def seeded(block: Block, X: Tensor) -> Tensor:
+        return _seeded(block, X, k[block.rows], lifted, bucket.steps) if block.sides[0].name == "A" else X
+
+    bucket.transform("params", M, k, found_inf, seeded if seeds else None)
 
     M_factor = M_grad if bucket.group["sides"] == "kfac" else M
     alive = live_rows(k, bucket.r)
@@ -99,14 +100,14 @@ def _transform(
         state[rule.key].copy_(new)
 
 
-def _seed_rows(block: Block, k: Tensor, lifted: dict[Side, Tensor], steps: int) -> None:
+def _seeded(block: Block, X: Tensor, k: Tensor, lifted: dict[Side, Tensor], steps: int) -> Tensor:
     """Give each direction that just re-entered (row k−1 of A; its B is zero) a random row as long as the one before.
 
     The numbers depend on the step alone, so every process and every resumed run draws the same.
     """
     no = torch.zeros((), dtype=torch.bool, device=k.device)
     up = torch.stack([lifted.get(s, no) for s in block.sides])
-    X = block.weights().to(torch.float64)
+    X = X.to(torch.float64)
     rows = X if block.rank_dim == 1 else X.mT
     generator = torch.Generator(X.device).manual_seed(steps)
     noise = torch.randn(rows.shape[0], block.width, dtype=X.dtype, device=X.device, generator=generator)
@@ -118,7 +119,7 @@ def _seed_rows(block: Block, k: Tensor, lifted: dict[Side, Tensor], steps: int) 
     noise = noise if block.shards is None else block.shards.columns(noise)
     at = (index == k[:, None] - 1) & up[:, None]
     rows = torch.where(at[:, :, None], noise[:, None, :], rows)
-    block.assign(rows if block.rank_dim == 1 else rows.mT)
+    return rows if block.rank_dim == 1 else rows.mT
 
 
 def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) -> None:
