@@ -1,6 +1,6 @@
 """The reference of a bucket's plan: what a step does with all sides of one rank, in plain torch.
 
-A plan is made once for a bucket's slabs; `curvopt.kernels.UpdatePlan` is its twin, with the same methods.
+A plan is made once for a bucket's slabs; ``curvopt.kernels.UpdatePlan`` is its twin, with the same methods.
 """
 
 from collections.abc import Callable, Sequence

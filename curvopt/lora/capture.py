@@ -323,7 +323,7 @@ class Capture:
 
     # ------------------------------------------------------------------------------------------ counting
 
-    def came(self, record: _Record, call: _Call, d: Tensor) -> None:
+    def _came(self, record: _Record, call: _Call, d: Tensor) -> None:
         """Keep what a backward brought to one call until its gradient arrives."""
         if d.requires_grad and not self._warned:
             self._warned = True
@@ -340,7 +340,7 @@ class Capture:
         if record.at_once or (record.late and not record.pair.a_trainable):
             self._count(record)
 
-    def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
+    def _arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
         """Count what is kept, after its gradient was added to ``grad``; drop what an earlier gradient left.
 
         An accumulation adds in place, which raises the version by one. A gradient that was set to None, or zeroed, in
@@ -466,7 +466,7 @@ class _Arrival(_Watch):
     def __call__(self, param: Tensor) -> None:
         capture, record = self._alive()
         if capture is not None and record is not None and param.grad is not None:
-            capture.arrived(record, param.grad, self._of_A)
+            capture._arrived(record, param.grad, self._of_A)
 
 
 class _Hook(_Watch):
@@ -498,7 +498,7 @@ def _brought(capture: Any, record: Any, call: _Call, channel: int) -> Callable[[
     def hook(d: Tensor | None) -> None:
         owner, own = capture(), record()
         if d is not None and owner is not None and own is not None:
-            owner.came(own, call, _rows(d, channel))
+            owner._came(own, call, _rows(d, channel))
 
     return hook
 
