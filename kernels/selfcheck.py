@@ -153,6 +153,7 @@ class _Slab:
     matrix: Tensor | None
     rates: tuple[float, ...] | None
     spare: Tensor | None = None
+    delta: Tensor | None = None
     reduce: None = None
     damping: float = 0.1
     k: Tensor | None = None
