@@ -54,6 +54,11 @@ def left(M: Tensor, X: Tensor, rank_dim: int, out: Tensor | None = None) -> Tens
     return torch.matmul(M, X, out=out) if rank_dim == 1 else torch.matmul(X, M.mT, out=out)
 
 
+def rank_gram(X: Tensor, rank_dim: int) -> Tensor:
+    """Return X Xᵀ on the rank side ``[L, r, r]`` of a stack ``[L, r, d]`` (``rank_dim`` 1) or ``[L, d, r]`` (2)."""
+    return X @ X.mT if rank_dim == 1 else X.mT @ X
+
+
 def live_rows(k: Tensor, r: int) -> Tensor:
     """Return the boolean mask ``[L, r]`` of directions ``i < k``."""
     return torch.arange(r, device=k.device) < k.unsqueeze(-1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.functional import compute_dtype, left
+from curvopt.functional import compute_dtype, left, rank_gram
 from curvopt.functional.moments import any_nonfinite
 from curvopt.functional.truncate import truncate_
 from curvopt.functional.update import Slab
@@ -78,7 +78,7 @@ class ReferencePlan:
         for s in self.slabs:
             X: Tensor | list[Tensor] = s.grads if of == "gradients" else s.params
             X = X if isinstance(X, Tensor) else torch.stack(X).to(self._dtype)
-            found.append(X @ X.mT if s.rank_dim == 1 else X.mT @ X)
+            found.append(rank_gram(X, s.rank_dim))
         return torch.cat(found)
 
     def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.functional import compute_dtype, left
+from curvopt.functional import compute_dtype, left, rank_gram
 from curvopt.functional.inverse import damped_inverse_root
 from curvopt.functional.moments import trace
 
@@ -126,7 +126,7 @@ def _polar(slabs: Sequence[Slab], found_inf: Tensor) -> None:
         for p in _pieces([s]):
             delta, _, _ = _adam(p, None if p.matrix is None else p.matrix.mT, found_inf)
             steps.append((p, delta))
-            own.append(delta @ delta.mT if s.rank_dim == 1 else delta.mT @ delta)
+            own.append(rank_gram(delta, s.rank_dim))
         grams.append(torch.cat(own))
         if s.reduce is not None:
             s.reduce(grams[-1])

@@ -4,7 +4,6 @@ from curvopt.distributed import Shards, world_size
 from curvopt.functional.update import RULES
 from curvopt.lora import LoraPair
 from curvopt.optim.bucket import Block, BucketedOptimizer
-from curvopt.optim.grit.curvature import source_of
 
 
 def bytes_sent(optimizer: BucketedOptimizer) -> dict[str, int]:
@@ -17,7 +16,7 @@ def bytes_sent(optimizer: BucketedOptimizer) -> dict[str, int]:
     sent = {"update": 4 * len(optimizer.shared_by), "statistics": 0, "reprojection": 0}
     observed: dict[LoraPair, int] = {}
     for bucket in optimizer.buckets:
-        b, r, g, source = bucket.compute_dtype.itemsize, bucket.r, bucket.group, source_of(bucket.sides[0])
+        b, r, g, source = bucket.compute_dtype.itemsize, bucket.r, bucket.group, bucket.kind
         if source.hooks:
             observed |= {side.pair: (r * (r + 1) + 2) * b for side in bucket.sides}
         for block in bucket.blocks:

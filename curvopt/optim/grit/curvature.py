@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvopt.distributed import all_reduce_grams, world_size
-from curvopt.functional import compute_dtype
+from curvopt.functional import compute_dtype, rank_gram
 from curvopt.functional.inverse import empty
 from curvopt.functional.update import RULES, Rule
 from curvopt.lora import Capture, LoraPair
@@ -282,8 +282,7 @@ def _weight_grams(bucket: Bucket) -> Tensor:
         made: Tensor = bucket.plan.grams("params")
         return made
     X = [block.weights().to(bucket.compute_dtype) for block in bucket.blocks]
-    grams = [x @ x.mT if b.rank_dim == 1 else x.mT @ x for b, x in zip(bucket.blocks, X, strict=True)]
-    return torch.cat(grams)
+    return torch.cat([rank_gram(x, block.rank_dim) for block, x in zip(bucket.blocks, X, strict=True)])
 
 
 def _paired(buckets: Sequence[Bucket], grams: list[Tensor], which: dict[str, str]) -> list[Observation]:
