@@ -42,6 +42,8 @@ class Plan(Protocol):
     def load(self, grads: Sequence[Tensor]) -> bool: ...  # noqa: D102
     def nonfinite_(self, flag: Tensor) -> None: ...  # noqa: D102
     def grams(self, of: str) -> Tensor: ...  # noqa: D102
+    def outer_products(self) -> Tensor: ...  # noqa: D102
+    def take_outer(self, M: Tensor) -> None: ...  # noqa: D102
     def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None: ...  # noqa: D102
     def step(self, found_inf: Tensor) -> None: ...  # noqa: D102
     def release(self) -> None: ...  # noqa: D102

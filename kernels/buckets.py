@@ -42,7 +42,8 @@ def bucket_of(rule: str, s: Any) -> tuple[Any, ...]:
     damping = _same(s.damping) if rule == "polar" else None
     hyper = (_same(h.lr), h.beta1, h.beta2, h.eps, h.weight_decay, h.maximize)
     dtypes = (s.params[0].dtype, s.grads[0].dtype, s.exp_avg.dtype, s.exp_avg_sq.dtype)
-    return (s.exp_avg.shape[s.rank_dim], dtypes, s.exp_avg.device, s.step.data_ptr(), hyper, damping)
+    k = s.basis.shape[s.rank_dim] if has(s, "basis") else 0
+    return (s.exp_avg.shape[s.rank_dim], k, dtypes, s.exp_avg.device, s.step.data_ptr(), hyper, damping)
 
 
 def _same(number: float | Tensor) -> tuple[bool, float]:
@@ -54,25 +55,36 @@ def _fits(rule: str, s: Any, device: torch.device) -> bool:
     r, L = s.exp_avg.shape[s.rank_dim], len(s.params)
     small = [s.step, *([s.matrix] if has(s, "matrix") else [])]
     ranks = [s.k] if has(s, "k") else []
-    flags = [s.known] if has(s, "known") and rule == "polar" else []
-    tensors = [*s.params, *s.grads, s.exp_avg, s.exp_avg_sq]
+    bases = [s.basis] if has(s, "basis") else []
+    tensors = [*s.params, *s.grads, s.exp_avg, s.exp_avg_sq, *bases]
     return (
         not has(s, "reduce")  # pieces of matrices: their norms need the other processes
         and 0 < r <= launch.MAX_RANK
         and launch.config("update", launch.padded(r, 16)) is not None
         and 0 < s.exp_avg[0].numel() < 2**31
         and s.exp_avg.dtype == s.exp_avg_sq.dtype
-        and all(t.device == device for t in (s.exp_avg, *small, *ranks, *flags))
+        and all(t.device == device for t in (s.exp_avg, *small, *ranks))
         and all(p.dtype == s.params[0].dtype for p in s.params)
         and all(x.shape == s.exp_avg.shape[1:] for x in (*s.params, *s.grads))
         and len(s.grads) == L == s.exp_avg.shape[0]
         and launch.plain(tensors)
         and launch.plain(small, (torch.float32,))
         and (not ranks or launch.plain(ranks, (torch.int64,)))
-        and (not flags or launch.plain(flags, (torch.bool,)))
+        and all(_spans(s, V) for V in bases)
         and (not on_device(s.hyper.lr) or _scalar(s.hyper.lr, device))
         and (rule != "polar" or inverse.damps(s.damping, device))
     )  # fmt: skip
+
+
+def _spans(s: Any, V: Tensor) -> bool:
+    """Return whether V has at most as many directions as the kernels take, of the length of the matrices."""
+    across = 3 - s.rank_dim
+    return (
+        len(V) == len(s.params)
+        and V.shape[across] == s.exp_avg.shape[across]
+        and V.dtype == s.exp_avg.dtype
+        and 0 < V.shape[s.rank_dim] <= launch.MAX_RANK
+    )
 
 
 def on_device(lr: float | Tensor) -> bool:

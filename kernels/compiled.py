@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eigen, inverse, launch, moments, polar, root, update_tiles, whole
+from . import eigen, inverse, launch, moments, outer, polar, root, update_tiles, whole
 
 F32, I32, I64, NUMBER = "*fp32", "*i32", "*i64", "fp32"
 MODES = {
@@ -95,7 +95,7 @@ def _root(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     for r in (rp, 4) if rp == 16 else (rp,):
         alone = own | {"HAS_PREVIOUS": True, "R": r}
         yield Case(op, f"r={r} fp32", root._root, types | {"L": "i32"}, alone, c, ("L", "damping"))
-        polar = own | {"HAS_KNOWN": True, "HAS_M": True, "R": r}
+        polar = own | {"R": r}
         given = {"grams": F32, "fixed": I64, "coefficients": F32, "damping": NUMBER, "work": F32, "out": F32}
         yield Case(op, f"r={r} fp32 equalise", root._equalise, given, polar, c, ("damping",))
 
@@ -137,15 +137,26 @@ def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     variants = (("fp32",) * 4, ("bf16", "fp32", "bf16", "bf16"), ("bf16",) * 4, ("fp16", "fp16", "fp16", "fp32"))
     for n, (p, g, s, u) in enumerate(variants):
         r = rp if n % 2 == 0 else 3 * rp // 4
-        own = {"T": c.group, "R": r, "RP": rp, "BD": c.block, "UB": 64, "PREC": c.precision, "ALIGN": True}
-        own |= {"GRAM": c.gram or c.precision}
-        own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_M": True, "HAS_K": True}
+        own = {"T": c.group, "R": r, "RP": rp, "BD": c.block, "UB": 64, "ALIGN": True, "GRAM": c.gram or c.precision}
+        own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_K": True}
         yield Case(op, f"r={r} p={p} g={g} state={s}", polar._advance, types | {"steps": "*" + u, "grams": F32}, own, c)
     own = {"STRIDE": 1, "T": c.group, "R": rp, "RP": rp, "BD": c.block, "ALIGN": True}
     own |= {"PREC": c.gram or c.precision}
     for g in ("fp32", "bf16"):
         given = {"parts": I32, "addresses": I64, "meta": I32, "grams": F32}
         yield Case(op, f"grams r={rp} {g}", whole._grams, given, own | {"XT": TYPE_NAMES[g]}, c)
+
+
+def _outer(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    # r and k: the larger of both is the padded rank
+    for r, k, g, v in ((rp, 16, "fp32", "fp32"), (3 * rp // 4, rp, "bf16", "bf16"), (rp, rp, "fp32", "fp32")):
+        own = {"R": r, "K": k, "RP": launch.padded(r, 16), "KP": launch.padded(k, 16), "BD": c.block}
+        own |= {"GT": TYPE_NAMES[g], "VT": TYPE_NAMES[v], "PREC": c.precision, "ALIGN": True}
+        label = f"r={r} k={k} g={g} V={v}"
+        given = {"parts": I32, "gradients": I64, "bases": I64, "meta": I32, "out": F32}
+        yield Case(op, f"products {label}", outer._products, given, own | {"T": c.group}, c)
+        given = {"tiles": I32, "gradients": I64, "bases": I64, "results": I64, "meta": I32, "maps": F32}
+        yield Case(op, f"precondition {label}", outer._precondition, given | {"found_inf": F32}, own, c)
 
 
 def _total(op: str, _: int, c: launch.Config) -> Iterator[Case]:
@@ -192,6 +203,7 @@ MAKERS = {
     "eigenbasis": _eigenbasis,
     "update": _update,
     "polar": _polar,
+    "outer": _outer,
     "total": _total,
     "prepare": _prepare,
     "nonfinite": _nonfinite,

@@ -78,6 +78,12 @@ TABLE: dict[tuple[str, int], Config] = {
     ("root", 64): Config(block=32, warps=8, precision="tf32x3"),
     # the stack at 128 (sm_80) is a few numbers kept across the products
     ("root", 128): Config(block=32, warps=16, precision="tf32x3", stack=48),
+    # by the larger of r and k
+    ("outer", 16): Config(block=64, warps=2, group=8, precision="tf32x3"),
+    ("outer", 32): Config(block=32, warps=2, group=16, precision="tf32x3"),
+    ("outer", 64): Config(block=32, warps=8, group=16, precision="tf32x3"),
+    # the stack at 128 (r = 96, k = 128, 16-bit) holds what is kept across the products
+    ("outer", 128): Config(block=16, warps=8, group=64, precision="tf32x3", stack=208),
     ("total", 0): Config(block=256, warps=2),
     ("prepare", 0): Config(warps=1),
     ("nonfinite", 0): Config(block=4096, warps=4),
@@ -108,6 +114,10 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("polar", 32, "gfx942"): Config(block=32, warps=4, group=16),
     ("polar", 64, "gfx942"): Config(block=32, warps=4, group=16),
     ("polar", 128, "gfx942"): Config(block=16, warps=8, group=64),
+    ("outer", 16, "gfx942"): Config(block=64, warps=4, group=4),
+    ("outer", 32, "gfx942"): Config(block=32, warps=4, group=16),
+    ("outer", 64, "gfx942"): Config(block=32, warps=8, group=16),
+    ("outer", 128, "gfx942"): Config(block=16, warps=16, group=32),
     ("root", 64, "gfx942"): Config(block=32, warps=8),
     ("root", 128, "gfx942"): Config(block=32, warps=8),
     ("gram32", 16, "gfx942"): Config(block=64, warps=2),

@@ -7,6 +7,8 @@ buffers on the device. A step then launches, whatever the number of matrices:
     polar      prepare, advance, (total,) equalise, update          momentum   prepare, moments, graft
     others     prepare, update
 
+and with outer factors one more, `outer._precondition`, whose results the rule reads in place of the gradients.
+
 An unchanged step uploads nothing: the learning rate and all other hyper-parameters are scalar arguments of `_prepare`,
 or read on the device where the rate is a tensor, and the table of gradients is uploaded when an address has changed.
 
@@ -21,10 +23,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from . import launch, polar, root, tables, whole
+from . import launch, outer, polar, root, tables, whole
 from .buckets import MODES, has, plan_supports
 from .update_tiles import FIXED, PARAM, SCALARS, _prepare, _update
 
@@ -77,7 +78,6 @@ class UpdatePlan:
         self._fixed = tables.upload(fixed, torch.int64, device)
         self._has_m = any(fixed[3 :: FIXED.value])
         self._has_k = any(fixed[4 :: FIXED.value])
-        self._has_known = any(fixed[5 :: FIXED.value])
         self._straight = all(a % 16 == 0 for n in range(3) for a in fixed[n :: FIXED.value])
         self._straight = self._straight and all(n % 16 == 0 for n in self._lengths)
         self._scalars = torch.zeros(SCALARS.value, dtype=torch.float32, device=device)
@@ -86,7 +86,10 @@ class UpdatePlan:
         self._gradients = self._scalars
         self._captured: list[Tensor] = []
         self._align = False
-        self._parts = _Parts(self)
+        summing = self._summing = _config("polar", rp)
+        self._group = min(summing.group, launch.padded(-(-max(self._lengths) // summing.block), 1))
+        self._parts = polar.Parts(self._lengths, summing.block, self._group, r * r, device)
+        self._outer = outer.Outer(slabs, self._meta) if has(first, "basis") else None
         self._looks = _config("nonfinite", 0)
         runs = tables.tiling(tuple(self._numels), self._looks.block)[0]
         self._runs = tables.upload(runs, torch.int32, device)
@@ -153,36 +156,39 @@ class UpdatePlan:
             *logs[0], *logs[1], 1.0 - float(h.beta1), float(h.beta2), 1.0 - float(h.beta2), float(h.eps),
             float(h.weight_decay), -1.0 if h.maximize else 1.0, LR_ON_DEVICE=lr_on_device, num_warps=1,
         )  # fmt: skip
+        read = (self._gradients, self._dtypes[1], self._align)
+        if self._outer is not None:
+            self._outer.precondition(*read, found_inf)
+            read = (self._outer.addresses, torch.float32, self._straight)
+        gradients, dtype, align = read
         if self._modes == MODES["polar"]:
-            self._equalise()
-        c, types = self._c, [launch.TYPES[dtype] for dtype in self._dtypes]
+            self._equalise(gradients, dtype, align)
+        c, types = self._c, [launch.TYPES[x] for x in (self._dtypes[0], dtype, self._dtypes[2])]
         for mode in self._modes:
             launch.run(
-                _update, (len(self._tiles) // 2,), self._tiles, self._fixed, self._gradients, self._meta,
+                _update, (len(self._tiles) // 2,), self._tiles, self._fixed, gradients, self._meta,
                 self._scalars, self._partials, self._steps,
                 MODE=mode.value, R=self._r, RP=self._rp, BD=c.block, NP=self._most,
                 PT=types[0], GT=types[1], ST=types[2], PREC=c.precision,
-                HAS_M=self._has_m, HAS_K=self._has_k, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages,
+                HAS_M=self._has_m, HAS_K=self._has_k, ALIGN=align, num_warps=c.warps, num_stages=c.stages,
             )  # fmt: skip
 
-    def _equalise(self) -> None:
+    def _equalise(self, gradients: Tensor, dtype: torch.dtype, align: bool) -> None:
         """Advance the moments, write u, and make the matrices that act on it."""
-        parts, c, r = self._parts, self._parts.c, self._r
+        parts, c, r = self._parts, self._summing, self._r
         launch.run(
-            polar._advance, (parts.count,), parts.table, self._fixed, self._gradients, self._meta, self._scalars,
+            polar._advance, (parts.count,), parts.table, self._fixed, gradients, self._meta, self._scalars,
             self._steps, self._grams,
-            T=parts.group, R=r, RP=self._rp, BD=c.block, UB=self._c.block, GT=launch.TYPES[self._dtypes[1]],
-            ST=launch.TYPES[self._dtypes[2]], UT=launch.TYPES[self._steps.dtype], PREC=c.precision,
-            GRAM=c.gram or c.precision,
-            HAS_M=self._has_m, HAS_K=self._has_k, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages,
+            T=self._group, R=r, RP=self._rp, BD=c.block, UB=self._c.block, GT=launch.TYPES[dtype],
+            ST=launch.TYPES[self._dtypes[2]], UT=launch.TYPES[self._steps.dtype], GRAM=c.gram or c.precision,
+            HAS_K=self._has_k, ALIGN=align, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         grams = parts.sums(self._grams, self._totals)
         count = self._coefficients.follow(self.damping)
         launch.run(
             root._equalise, (self._count,), grams, self._fixed, self._coefficients.values, self._coefficients.damping,
             self._work, self._partials,
-            HAS_K=self._has_k, HAS_KNOWN=self._has_known, HAS_M=self._has_m, ON_DEVICE=self._coefficients.on_device,
-            STAGES=count, R=r, **self._constants,
+            HAS_K=self._has_k, ON_DEVICE=self._coefficients.on_device, STAGES=count, R=r, **self._constants,
         )  # fmt: skip
 
     def grams(self, of: str) -> Tensor:
@@ -192,16 +198,30 @@ class UpdatePlan:
         """
         if of not in ("gradients", "params"):
             raise ValueError(f'of must be "gradients" or "params", got {of!r}')
-        parts, c, r = self._parts, self._parts.c, self._r
+        parts, c, r = self._parts, self._summing, self._r
         gradients = of == "gradients"
         out = torch.empty(parts.count, r, r, dtype=torch.float32, device=self._device)
         launch.run(
             whole._grams, (parts.count,), parts.table, self._gradients if gradients else self._fixed, self._meta, out,
-            STRIDE=1 if gradients else FIXED.value, T=parts.group, R=r, RP=self._rp, BD=c.block,
+            STRIDE=1 if gradients else FIXED.value, T=self._group, R=r, RP=self._rp, BD=c.block,
             XT=launch.TYPES[self._dtypes[1 if gradients else PARAM.value]], PREC=c.gram or c.precision,
             ALIGN=self._align if gradients else self._straight, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
-        return parts.sums(out, None)
+        return parts.sums(out)
+
+    def outer_products(self) -> Tensor:
+        """Return [∇∇ᵀ | ∇Vᵀ] ``[T, r, r + k]`` float32, rank first, V the basis of the outer factors."""
+        return self._outer_factors.products(self._gradients, self._dtypes[1], self._align)
+
+    def take_outer(self, M: Tensor) -> None:
+        """Take the maps of [∇; V] in the next step, ``[T, r + k, r + k]``; see `curvopt.functional.outer`."""
+        self._outer_factors.take(M)
+
+    @property
+    def _outer_factors(self) -> outer.Outer:
+        if self._outer is None:
+            raise ValueError("the slabs of this plan have no basis of outer factors")
+        return self._outer
 
     def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None:
         """Map the rank side of every matrix in place, then clear rows i ≥ k; nothing where ``found_inf`` is not 0.
@@ -234,34 +254,6 @@ class UpdatePlan:
         )  # fmt: skip
 
 
-class _Parts:
-    """How Gram matrices are cut: each program sums ``group`` tiles of a matrix, and the programs' sums are added."""
-
-    def __init__(self, plan: UpdatePlan) -> None:
-        self.c = c = _config("polar", plan._rp)
-        self.group = min(c.group, launch.padded(-(-max(plan._lengths) // c.block), 1))
-        span = self.group * c.block
-        parts, first = tables.tiling(plan._lengths, span)
-        counts = [-(-n // span) for n in plan._lengths]
-        self.count, self._tensors, self._r = len(parts) // 2, len(counts), plan._r
-        self.table = tables.upload(parts, torch.int32, plan._device)
-        self._most, self._adding = launch.padded(max(counts), 1), _config("total", 0)
-        ranges = [x for pair in zip(first, counts, strict=True) for x in pair]
-        self._ranges = tables.upload(ranges, torch.int32, plan._device)
-
-    def sums(self, grams: Tensor, out: Tensor | None) -> Tensor:
-        """Return the sums ``[T, r, r]`` of the programs' Gram matrices, in ``out``; or as they are."""
-        if self.count == self._tensors:
-            return grams
-        c = self._adding
-        out = grams.new_empty(self._tensors, self._r, self._r) if out is None else out
-        launch.run(
-            polar._total, (self._tensors, triton.cdiv(self._r**2, c.block)), grams, self._ranges, out,
-            NP=self._most, RR=self._r**2, BLOCK=c.block, num_warps=c.warps, num_stages=c.stages,
-        )  # fmt: skip
-        return out
-
-
 def _config(op: str, rp: int) -> launch.Config:
     c = launch.config(op, rp)
     assert c is not None, "shipped wherever updates are"
@@ -274,12 +266,12 @@ def _rates(s: Any) -> Tensor | None:
 
 
 def _fixed(s: Any, rates: tuple[Tensor | None] | None) -> list[tuple[int, ...]]:
-    """Return the columns of ``fixed`` for every matrix of a slab: p, m, v, the rule's matrix or its rates, k, known."""
+    """Return the columns of ``fixed`` for every matrix of a slab: p, m, v, the rule's matrix or its rates, k."""
     L = len(s.params)
     null = [0] * L
     matrix = tables.addresses(s.matrix) if has(s, "matrix") else null
     if rates is not None:
         matrix = [0 if rates[0] is None else rates[0].data_ptr()] * L
     p, m, v = [t.data_ptr() for t in s.params], tables.addresses(s.exp_avg), tables.addresses(s.exp_avg_sq)
-    k, known = (tables.addresses(getattr(s, name)) if has(s, name) else null for name in ("k", "known"))
-    return list(zip(p, m, v, matrix, k, known, strict=True))
+    k = tables.addresses(s.k) if has(s, "k") else null
+    return list(zip(p, m, v, matrix, k, strict=True))

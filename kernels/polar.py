@@ -1,11 +1,11 @@
 """The first half of "polar": moments, the step's shape u, and the Gram matrices of u.
 
-With Q the rule's matrix (or I), everything rank first, γ = maximize ? −∇ : ∇, and the step of Adam δ = −(lr/c₁) u:
+Everything rank first, γ = maximize ? −∇ : ∇, and the step of Adam δ = −(lr/c₁) u:
 
-    z = Qᵀ γ;   m ← β₁ m + (1−β₁) z;   v ← β₂ v + (1−β₂) z²;   u = m / (√v/√c₂ + ε);   G = u uᵀ;
-    R = (Ĝ + λI)^(-1/2);   c = √(tr G / tr(R G R)), 1 for G = 0;   M = c Q R;   p ← p (1 − lr·wd) + M δ
+    m ← β₁ m + (1−β₁) γ;   v ← β₂ v + (1−β₂) γ²;   u = m / (√v/√c₂ + ε);   G = u uᵀ;
+    R = (Ĝ + λI)^(-1/2);   c = √(tr G / tr(R G R)), 1 for G = 0;   M = c R;   p ← p (1 − lr·wd) + M δ
 
-Matrices that are not ``known`` take M = Q. `_advance` and `_total` do the first line, `root._equalise` the second but
+`_advance` and `_total` do the first line, `root._equalise` the second but
 for the parameters, and `update_tiles` (POLAR) those. R and c do not depend on the scale of G, so u takes the place of
 δ: of order one whatever the learning rate, it neither underflows squared nor in bfloat16.
 
@@ -19,9 +19,12 @@ The sums are taken in the order of tiles, without atomics. After ``found_inf`` n
 what stands in the buffers gives some M that the last launch does not apply.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import launch, tables
 from .update_tiles import (
     BETA2,
     EPS,
@@ -32,15 +35,12 @@ from .update_tiles import (
     LENGTH,
     LERP,
     LIVE,
-    MATRIX,
     META,
     REST2,
     ROOT,
     SIDE_OF,
     SIGN,
     TILES,
-    _apply,
-    _entries,
     _live_rank,
     _moments,
 )
@@ -48,17 +48,14 @@ from .update_tiles import (
 
 @triton.jit
 def _part(
-    g_ptr, m_ptr, v_ptr, Q, k, scalars, steps, gram, begin, D, width,
+    g_ptr, m_ptr, v_ptr, k, scalars, steps, gram, begin, D, width,
     SIDE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr,
-    ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr, HAS_M: tl.constexpr,
+    ST: tl.constexpr, UT: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
     """Advance T tiles of a matrix from column ``begin`` on; write their u, rows ``width`` apart, and ``gram``."""
     # before the loop: loads are not moved out of it, since what it stores might be what they read
     root, eps, sign = tl.load(scalars + ROOT), tl.load(scalars + EPS), tl.load(scalars + SIGN)
     lerp, b2, rest2 = tl.load(scalars + LERP), tl.load(scalars + BETA2), tl.load(scalars + REST2)
-    row = tl.arange(0, RP)
-    if HAS_M and RP < 64:
-        E = _entries(Q, row[:, None], row[None, :], SIDE == 1, R)
     G = tl.zeros([RP, RP], tl.float32)
     for n in range(T):
         d0 = begin + n * BD
@@ -72,11 +69,6 @@ def _part(
         alive = inside & (i < k)
         z = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * sign
         z = tl.where(alive, z, 0.0)
-        if HAS_M:
-            if RP < 64:
-                z = tl.dot(E, z, input_precision=PREC) if SIDE == 1 else tl.dot(z, E, input_precision=PREC)
-            else:
-                z = _apply(Q, z, True, SIDE, R, RP, BD, PREC)
         m, v = _moments(m_ptr, v_ptr, at, inside, alive, z, lerp, b2, rest2, ST)
         u = tl.where(alive, m / (tl.sqrt(v) * root + eps), 0.0)
         tl.store(steps + to, u.to(UT), mask=inside)
@@ -92,8 +84,8 @@ def _part(
 def _advance(
     parts, fixed, gradients, meta, scalars, steps, grams,
     T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, UB: tl.constexpr,
-    GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr,
-    HAS_M: tl.constexpr, HAS_K: tl.constexpr, ALIGN: tl.constexpr,
+    GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, GRAM: tl.constexpr, HAS_K: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Run `_part` for ``parts[pid]`` = (tensor, block of T tiles); tables as for `update_tiles._update`.
 
@@ -107,7 +99,6 @@ def _advance(
     g_ptr = tl.load(gradients + tensor).to(tl.pointer_type(GT))
     m_ptr = tl.load(at + EXP_AVG).to(tl.pointer_type(ST))
     v_ptr = tl.load(at + EXP_AVG_SQ).to(tl.pointer_type(ST))
-    Q = tl.load(at + MATRIX).to(tl.pointer_type(tl.float32))
     k = R
     if HAS_K:
         k = _live_rank(fixed, tensor, R)
@@ -121,13 +112,11 @@ def _advance(
     if tl.load(scalars + LIVE) != 0:
         if tl.load(info + SIDE_OF) == 1:
             _part(
-                g_ptr, m_ptr, v_ptr, Q, k, scalars, own, gram, begin, D, width,
-                1, T, R, RP, BD, ST, UT, PREC, GRAM, HAS_M,
+                g_ptr, m_ptr, v_ptr, k, scalars, own, gram, begin, D, width, 1, T, R, RP, BD, ST, UT, GRAM,
             )  # fmt: skip
         else:
             _part(
-                g_ptr, m_ptr, v_ptr, Q, k, scalars, own, gram, begin, D, width,
-                2, T, R, RP, BD, ST, UT, PREC, GRAM, HAS_M,
+                g_ptr, m_ptr, v_ptr, k, scalars, own, gram, begin, D, width, 2, T, R, RP, BD, ST, UT, GRAM,
             )  # fmt: skip
 
 
@@ -142,3 +131,43 @@ def _total(grams, ranges, out, NP: tl.constexpr, RR: tl.constexpr, BLOCK: tl.con
         part = grams + (first + n).to(tl.int64) * RR
         total += tl.load(part + e, mask=(e < RR) & (n < count), other=0.0)
     tl.store(out + tensor.to(tl.int64) * RR + e, total, mask=e < RR)
+
+
+class Parts:
+    """How sums over columns are cut: a program takes ``group`` tiles of a matrix, and the programs' sums are added.
+
+    Args:
+        lengths: columns of every matrix.
+        block: columns of a tile.
+        group: tiles of a program.
+        numbers: how many numbers a matrix sums up.
+        device: where the tables are.
+
+    Attributes:
+        count: how many programs.
+        table: what `_advance` and its like take for ``parts``.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], block: int, group: int, numbers: int, device: torch.device) -> None:
+        span = group * block
+        parts, first = tables.tiling(lengths, span)
+        counts = [-(-n // span) for n in lengths]
+        self.count, self._tensors, self._numbers = len(parts) // 2, len(counts), numbers
+        self.table = tables.upload(parts, torch.int32, device)
+        c = launch.config("total", 0)
+        assert c is not None, "shipped everywhere"
+        self._most, self._adding = launch.padded(max(counts), 1), c
+        ranges = [x for pair in zip(first, counts, strict=True) for x in pair]
+        self._ranges = tables.upload(ranges, torch.int32, device)
+
+    def sums(self, parts: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the sums ``[T, ...]`` of what the programs left ``[count, ...]``, in ``out``; or as they are."""
+        if self.count == self._tensors:
+            return parts
+        c, n = self._adding, self._numbers
+        out = parts.new_empty(self._tensors, *parts.shape[1:]) if out is None else out
+        launch.run(
+            _total, (self._tensors, triton.cdiv(n, c.block)), parts, self._ranges, out,
+            NP=self._most, RR=n, BLOCK=c.block, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+        return out

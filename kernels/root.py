@@ -28,7 +28,7 @@ from torch import Tensor
 from . import launch
 from .coefficients import Coefficients
 from .inverse import _normalise, _offsets, _rank, supports
-from .update_tiles import FIXED, KNOWN, MATRIX, RANK, _apply
+from .update_tiles import FIXED, RANK
 
 __all__ = ["Coefficients", "damped_inverse_root", "supports"]
 
@@ -176,11 +176,10 @@ def _root(
 @triton.jit
 def _equalise(
     grams, fixed, coefficients, damping, work, out,
-    HAS_K: tl.constexpr, HAS_KNOWN: tl.constexpr, HAS_M: tl.constexpr, ON_DEVICE: tl.constexpr,
-    STAGES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr,
-    IN_MEMORY: tl.constexpr,
+    HAS_K: tl.constexpr, ON_DEVICE: tl.constexpr, STAGES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    BD: tl.constexpr, PREC: tl.constexpr, IN_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Out ← √(tr G / tr(X G X)) Q X with X = (Ĝ + λI)^(-1/2) for every matrix, or Q if it is not known."""
+    """Out ← √(tr G / tr(X G X)) X with X = (Ĝ + λI)^(-1/2) for every matrix."""
     tensor = tl.program_id(0)
     row = fixed + tensor * FIXED
     l, start, at, inside = _offsets(tl.num_programs(0), R, RP, 1)
@@ -196,10 +195,6 @@ def _equalise(
         tl.reshape(G_hat, (RP, RP)), live, tl.sum(usable.to(tl.int32), 0) > 0, _given(damping, ON_DEVICE),
         coefficients, own, STAGES, RP, BD, PREC, IN_MEMORY,
     )  # fmt: skip
-    if HAS_KNOWN:
-        known_ptr = tl.load(row + KNOWN).to(tl.pointer_type(tl.int8))
-        if known_ptr.to(tl.int64) != 0:
-            good = good & (tl.load(known_ptr) != 0)
     # tr Ĝ is the live rank
     c = tl.where(good & (energy > 0), tl.sqrt(live.to(tl.float32) / tl.where(energy > 0, energy, 1.0)), 1.0)
     i = tl.arange(0, RP)[:, None]
@@ -207,8 +202,6 @@ def _equalise(
         j = n * BD + tl.arange(0, BD)[None, :]
         x = tl.load(own + 3 * RP * RP + i * RP + j) if IN_MEMORY else X
         y = c * tl.where(good, x, tl.where(i == j, 1.0, 0.0))
-        if HAS_M:
-            y = _apply(tl.load(row + MATRIX).to(tl.pointer_type(tl.float32)), y, False, 1, R, RP, BD, PREC)
         tl.store(out + start + i * R + j, y, mask=(i < R) & (j < R))
 
 

@@ -157,7 +157,8 @@ class _Slab:
     reduce: None = None
     damping: float = 0.1
     k: Tensor | None = None
-    known: Tensor | None = None
+    basis: Tensor | None = None
+    outer: Tensor | None = None
     views: list[Any] = field(default_factory=list)
     hyper: _Hyper = field(default_factory=_Hyper)
 
@@ -170,5 +171,4 @@ def _slab(side: int, L: int, r: int, d: int, dtype: torch.dtype, device: torch.d
     rates = tuple(float(1 + i % 3) for i in range(r))
     step = torch.tensor(3.0, device=device)
     p, m, v = p.to(dtype), m.to(dtype), (0.1 + m.square()).to(dtype)
-    known = torch.arange(L, device=device) > 0
-    return _Slab(list(p.unbind()), list(grad.to(dtype).unbind()), m, v, step, side, Q, rates, known=known)
+    return _Slab(list(p.unbind()), list(grad.to(dtype).unbind()), m, v, step, side, Q, rates)

@@ -34,8 +34,7 @@ EXP_AVG = tl.constexpr(1)
 EXP_AVG_SQ = tl.constexpr(2)
 MATRIX = tl.constexpr(3)  # the rule's matrix, or the rates of ROWS; null for the identity
 RANK = tl.constexpr(4)  # int64 live rank; null for all
-KNOWN = tl.constexpr(5)  # bool; null for True
-FIXED = tl.constexpr(6)  # how many
+FIXED = tl.constexpr(5)  # how many
 
 # columns of ``meta``, a row a matrix
 LENGTH = tl.constexpr(0)  # the dimension that is not the rank

@@ -9,7 +9,7 @@ from torch import Tensor
 from curvopt import GritKFAC
 
 RULES = ("polar", "eigen", "adam", "whiten", "momentum")
-BASES = ("polar", "eigen")  # their moments live in a basis
+BASES = ("eigen",)  # its moments live in a basis
 STATISTICS = ("activation", "gradient", "weight")
 # two orders of summation of some hundred float64 products
 EXACT = {"rtol": 1e-11, "atol": 1e-14}

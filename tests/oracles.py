@@ -149,6 +149,42 @@ class AdamW:
         return -lr * m_hat / (v_hat**0.5 + self.eps)
 
 
+class OuterFactor:
+    """K-FAC's outer factor of one matrix, with d×d matrices, QR and eigenvalues throughout; see `functional.outer`.
+
+    Args:
+        k: directions that are kept.
+        d: columns of the gradient.
+        decay: β.
+        damping: λ.
+    """
+
+    def __init__(self, k: int, d: int, decay: float, damping: float) -> None:
+        i, j = torch.arange(k, dtype=torch.float64) + 0.5, torch.arange(d, dtype=torch.float64) + 0.5
+        self.V = (2 / d) ** 0.5 * torch.cos(torch.pi / d * i[:, None] * j)
+        self.mu, self.trace = torch.zeros(k, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        self.decay, self.damping = decay, damping
+
+    def model(self) -> Tensor:
+        """Return S as far as it is known, ``(d, d)``."""
+        d = self.V.shape[1]
+        rest = torch.eye(d, dtype=torch.float64) - self.V.T @ self.V
+        return self.V.T @ (self.mu[:, None] * self.V) + (self.trace - self.mu.sum()) / max(1, d - len(self.V)) * rest
+
+    def __call__(self, G: Tensor) -> Tensor:
+        """Take a gradient ``(r, d)`` into the average and return it preconditioned."""
+        d, new = G.shape[1], G.T @ G / len(G)
+        S = self.decay * self.model() + (1 - self.decay) * new
+        trace = self.decay * self.trace + (1 - self.decay) * new.trace()
+        if trace == 0:
+            return G
+        Q, R = torch.linalg.qr((self.V @ S + self.damping * trace / d * self.V).T)
+        self.V, self.trace = (Q * R.diagonal().sign()).T, trace
+        self.mu = (self.V @ S @ self.V.T).diagonal()
+        values, U = torch.linalg.eigh(self.model() * (d / trace))
+        return G @ (U * ((1 + self.damping) / (values.clamp(min=0) + self.damping)).sqrt()) @ U.T
+
+
 def rule_step(
     rule: str, adam: AdamW, p: Tensor, gradient: Tensor, M: Tensor, lr: float, weight_decay: float, maximize: bool,
     damping: float = 0.1,
@@ -160,11 +196,11 @@ def rule_step(
     elif rule == "eigen":
         delta = M @ adam(M.T @ gradient, lr)
     elif rule == "polar":
-        delta = adam(M.T @ gradient, lr)
+        delta = adam(gradient, lr)
         U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
         alike = sigma / (sigma.square() / sigma.square().sum().clamp(min=1e-300) * len(delta) + damping).sqrt()
         norm = alike.norm()
-        delta = M @ (U * (alike * (sigma.norm() / norm if norm > 0 else 0.0)) @ Vh)
+        delta = U * (alike * (sigma.norm() / norm if norm > 0 else 0.0)) @ Vh
     elif rule == "whiten":
         delta = M @ adam(M @ gradient, lr)
     else:

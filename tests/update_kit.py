@@ -11,7 +11,7 @@ from curvopt.functional.update import RULES, Hyper, Slab
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
 FINE, FOUND = torch.tensor(0.0), torch.tensor(1.0)
 MATRICES = {
-    "polar": lambda S: eigenbasis(S)[0],
+    "polar": lambda S: torch.eye(S.shape[-1], dtype=S.dtype).expand_as(S),  # it has none, and must not read this one
     "adam": lambda S: damped_inverse(S, 0.1),
     "eigen": lambda S: eigenbasis(S)[0],
     "whiten": lambda S: damped_inverse_root(S, 0.1),

@@ -36,7 +36,7 @@ class ReferencePlan:
         for i, s in enumerate(self.slabs):
             own = list(grads[at : at + len(s.params)])
             at += len(own)
-            if isinstance(s, Slab) and (s.matrix is not None or own[0].dtype != self._dtype):
+            if isinstance(s, Slab) and (_mapped(s) or own[0].dtype != self._dtype):
                 s.grads = self._stacked(i, own)
             else:
                 s.grads = own
@@ -81,6 +81,20 @@ class ReferencePlan:
             found.append(rank_gram(X, s.rank_dim))
         return torch.cat(found)
 
+    def outer_products(self) -> Tensor:
+        """Return [∇∇ᵀ | ∇Vᵀ] on the rank side ``[T, r, r + k]``, V the basis of the outer factors."""
+        found = []
+        for s in self.slabs:
+            V = s.basis.to(self._dtype)
+            P = s.grads @ V.mT if s.rank_dim == 1 else s.grads.mT @ V
+            found.append(torch.cat((rank_gram(s.grads, s.rank_dim), P), 2))
+        return torch.cat(found)
+
+    def take_outer(self, M: Tensor) -> None:
+        """Take the maps ``[T, r + k, r + k]`` of [∇; V] in this step."""
+        for s, own in zip(self.slabs, M.split([len(s.params) for s in self.slabs]), strict=True):
+            s.outer = own
+
     def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None:
         """Map all matrices on the rank side, then set directions ``i ≥ k`` to exactly zero; nothing if ``found_inf``.
 
@@ -114,6 +128,11 @@ class ReferencePlan:
         """Let go of the gradients."""
         for s in self.slabs:
             s.grads = []
+
+
+def _mapped(s: Slab) -> bool:
+    """Whether an update changes gradients before it reads them."""
+    return s.matrix is not None or s.basis is not None
 
 
 def mapped(M: Tensor | None, X: Tensor, k: Tensor | None, rank_dim: int) -> Tensor:

@@ -1,11 +1,11 @@
 """The update rules. Each takes slabs of matrices of equal shape and changes parameters and moments in place.
 
-All are Adam with decoupled decay (AdamW) seen through an r×r matrix of the factor S that preconditions the side:
+All are Adam with decoupled decay (AdamW), with an r×r matrix on the rank side of the gradient, of the step, or both:
 
 ========  ==========================================  =====================================================
-rule      matrix                                      update, with Adam(·) = −lr · m̂ / (√v̂ + ε) of its argument
+rule      matrix, of the side's factor S              update, with Adam(·) = −lr · m̂ / (√v̂ + ε) of its argument
 ========  ==========================================  =====================================================
-polar     Q, eigenvectors of S                        Q (Ĝ + λI)^(-1/2) δ, of the length of δ = Adam(Qᵀ ∇)
+polar     none                                        (Ĝ + λI)^(-1/2) δ, of the length of δ = Adam(∇)
 adam      P = (Ŝ + λI)⁻¹                              Adam(P ∇)                 GRIT: precondition, then AdamW
 eigen     Q, eigenvectors of S                        Q Adam(Qᵀ ∇)              SOAP (2409.11321) on the rank side
 whiten    R = (Ŝ + λI)^(-1/2)                         R Adam(R ∇)               Adam in whitened coordinates
@@ -13,11 +13,12 @@ momentum  P = (Ŝ + λI)⁻¹                              −P m̂ · ‖Adam(�
 ========  ==========================================  =====================================================
 
 then ``p ← p (1 − lr · weight_decay) + update``. Adam itself is torch's fused kernel, run against a zero parameter, so
-with the matrix equal to I (or None) adam, eigen and whiten are ``AdamW(fused=True)`` to the bit.
+with the matrix equal to I (or None) adam, eigen and whiten are ``AdamW(fused=True)`` to the bit. With an outer factor,
+∇ is what `functional.outer` makes of the gradient.
 
 In "polar", our derivation, G = δδᵀ on the rank side, Ĝ has a mean eigenvalue of one, and lengths are Frobenius norms.
-λ → ∞ gives "eigen". λ → 0 gives the polar factor of Qδ: of all steps of its spectral norm the one furthest along
-eigen's, since it moves all r directions alike. It is to Adam's step what Muon's is to the momentum, at r×r cost.
+λ → ∞ gives AdamW. λ → 0 gives the polar factor of δ: of all steps of its spectral norm the one furthest along Adam's,
+since it moves all r directions alike. It is to Adam's step what Muon's is to the momentum, at r×r cost.
 
 ``found_inf`` is torch's convention: a 0-d float tensor, non-zero when this step must change nothing.
 """
@@ -77,7 +78,8 @@ class Slab:
         reduce: sums a tensor in place over the processes that hold other pieces of the matrices; None: there are none.
         damping: λ > 0 of "polar", a number or a 0-d tensor.
         k: ``[L]`` int64 live ranks, or None for all; only "polar" has to know.
-        known: ``[L]`` booleans, False where the factor is empty: there "polar" leaves Adam's step alone; None: all are.
+        basis: V of the outer factors, ``[L, k, d]`` or ``[L, d, k]`` as the matrices are; None: there are none.
+        outer: ``[L, r + k, r + k]`` the maps of [∇; V] in this step, see `functional.outer`; with ``basis`` alone.
     """
 
     params: list[Tensor]
@@ -93,7 +95,8 @@ class Slab:
     reduce: Callable[[Tensor], None] | None = None
     damping: float | Tensor = 0.1
     k: Tensor | None = None
-    known: Tensor | None = None
+    basis: Tensor | None = None
+    outer: Tensor | None = None
 
 
 # elements that a pass may write and the next still finds in a CPU's cache
@@ -108,12 +111,12 @@ def adam_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
 
 
 def polar_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
-    """Adam in the eigenbasis, then its step with singular values made alike, matrix by matrix."""
+    """Adam, then its step with equalised singular values, matrix by matrix."""
     batches: dict[Any, list[Slab]] = {}
     for s in slabs:
         damping = id(s.damping) if isinstance(s.damping, Tensor) else s.damping
         like = (s.exp_avg.shape[s.rank_dim], compute_dtype(s.exp_avg.dtype), s.exp_avg.device)
-        batches.setdefault((like, damping, s.k is None, s.known is None), []).append(s)
+        batches.setdefault((like, damping, s.k is None), []).append(s)
     for batch in batches.values():
         _polar(batch, found_inf)
 
@@ -124,37 +127,28 @@ def _polar(slabs: Sequence[Slab], found_inf: Tensor) -> None:
     for s in slabs:
         own = []
         for p in _pieces([s]):
-            delta, _, _ = _adam(p, None if p.matrix is None else p.matrix.mT, found_inf)
+            delta, _, _ = _adam(p, None, found_inf)
             steps.append((p, delta))
             own.append(rank_gram(delta, s.rank_dim))
         grams.append(torch.cat(own))
         if s.reduce is not None:
             s.reduce(grams[-1])
-    k, known = _cat([s.k for s in slabs]), _cat([s.known for s in slabs])
-    M = equalising(torch.cat(grams), slabs[0].damping, k, known)
+    ranks = [s.k for s in slabs if s.k is not None]
+    M = equalising(torch.cat(grams), slabs[0].damping, torch.cat(ranks) if ranks else None)
     for (p, delta), own in zip(steps, M.split([len(p.params) for p, _ in steps]), strict=True):
-        M = own if p.matrix is None else p.matrix.to(own.dtype) @ own
-        apply_delta(p.params, p.hyper, left(M, delta, p.rank_dim, out=p.spare), found_inf)
+        apply_delta(p.params, p.hyper, left(own, delta, p.rank_dim, out=p.spare), found_inf)
 
 
-def _cat(found: list[Tensor | None]) -> Tensor | None:
-    given = [x for x in found if x is not None]
-    return torch.cat(given) if given else None
-
-
-def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None) -> Tensor:
     """Return c (Ĝ + λI)^(-1/2) ``[L, r, r]`` for the Gram matrices G of δ, c so that the product has the norm of δ.
 
     With δ = U Σ Vᵀ the product is ∝ U Σ (Σ² + λ mean σ²)^(-1/2) Vᵀ: directions far above √λ of the root mean square
-    become equally long. The identity where not ``known``.
+    become equally long.
     """
     R = damped_inverse_root(G, damping, k)
     lengths = ((R @ G) * R).sum((-2, -1))  # tr R G R, R being symmetric
     c = torch.where(lengths > 0, trace(G) / lengths, 1.0).sqrt()
-    M = R * c[:, None, None]
-    if known is None:
-        return M
-    return torch.where(known[:, None, None], M, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device))
+    return R * c[:, None, None]
 
 
 def eigen_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
@@ -204,6 +198,8 @@ def _pieces(slabs: Sequence[Slab]) -> Iterator[Slab]:
                 exp_avg=s.exp_avg[cut],
                 exp_avg_sq=s.exp_avg_sq[cut],
                 matrix=None if s.matrix is None else s.matrix[cut],
+                basis=None if s.basis is None else s.basis[cut],
+                outer=None if s.outer is None else s.outer[cut],
                 spare=None if s.spare is None else s.spare[: cut.stop - i],
                 delta=None if s.delta is None else s.delta[cut],
             )
@@ -221,20 +217,24 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
     """Advance the moments with M ∇; return −lr · m̂ / (√v̂ + ε), zero if ``found_inf``, m unrounded, and a buffer.
 
     Stacks are as large as the adapter, so the two that a step needs are used twice: the update takes the place of the
-    gradients, and the buffer, which slabs share, is free again. Without M the gradients are read where they are.
+    gradients, and the buffer, which slabs share, is free again. Without a map the gradients are read where they are.
     """
     wide = compute_dtype(s.exp_avg.dtype)
     exp_avg, exp_avg_sq = s.exp_avg.to(wide), s.exp_avg_sq.to(wide)
     given: Any = s.grads
     listed = isinstance(given, list)
-    if M is None and listed and given[0].dtype == wide:
+    if M is None and s.outer is None and listed and given[0].dtype == wide:
         # torch's kernel walks through memory: all of it must be in one order
         grads, spare = [g.contiguous() for g in given], s.spare
         delta = torch.zeros_like(exp_avg) if s.delta is None else s.delta.zero_()
     else:
         own = torch.stack(given).to(wide) if listed else given
         spare = torch.empty_like(own) if s.spare is None else s.spare
-        grads = spare.copy_(own) if M is None else left(M.to(own.dtype), own, s.rank_dim, out=spare)
+        if s.outer is not None:
+            precondition_(s, own, spare, found_inf)
+            grads = spare if M is None else spare.copy_(left(M.to(own.dtype), spare, s.rank_dim))
+        else:
+            grads = spare.copy_(own) if M is None else left(M.to(own.dtype), own, s.rank_dim, out=spare)
         delta = own.zero_()
     # torch's CPU kernel rounds what is left over after its vectors otherwise: to the bit AdamW's only matrix by matrix
     whole = not isinstance(grads, list) and (delta[0].numel() % 64 == 0 or not delta.is_cpu)
@@ -245,6 +245,15 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
         s.exp_avg.copy_(exp_avg)
         s.exp_avg_sq.copy_(exp_avg_sq)
     return delta, exp_avg, spare
+
+
+def precondition_(s: Slab, G: Tensor, out: Tensor, found_inf: Tensor) -> None:
+    """Write ∇ S̃^(-1/2) into ``out`` and the next V into the basis, [∇; V] ← M [∇; V]; V stays if ``found_inf``."""
+    assert s.outer is not None and s.basis is not None
+    r, M, V = G.shape[s.rank_dim], s.outer.to(G.dtype), s.basis.to(G.dtype)
+    left(M[:, :r, :r], G, s.rank_dim, out=out).add_(left(M[:, :r, r:], V, s.rank_dim))
+    new = left(M[:, r:, :r], G, s.rank_dim).add_(left(M[:, r:, r:], V, s.rank_dim))
+    s.basis.copy_(torch.where(found_inf == 0, new, V))
 
 
 def fused_adamw(
@@ -355,7 +364,7 @@ RULES = {
     rule.name: rule
     for rule in (
         Rule(
-            "polar", polar_update, "eigenbasis", "basis", _transposed, True, lambda values, damped: values,
+            "polar", polar_update, None, None, None, False, lambda values, damped: torch.ones_like(values),
             damps=True, shared=lambda r: r * r,
         ),
         Rule("eigen", eigen_update, "eigenbasis", "basis", _transposed, True, lambda values, damped: values),

@@ -165,6 +165,7 @@ class PairedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; pairs that it completes are found, and nothing is added if it is refused."""
         super().add_param_group(param_group)
+        self._complete_group(self.param_groups[-1])
         try:
             for p in self.param_groups[-1]["params"]:
                 if p.is_complex():
@@ -178,6 +179,9 @@ class PairedOptimizer(torch.optim.Optimizer):
             if self._ready:
                 self._index_pairs()
             raise
+
+    def _complete_group(self, g: dict[str, Any]) -> None:
+        """Decide what a new group leaves open; subclasses whose defaults depend on each other do."""
 
     def _check_group(self, g: dict[str, Any]) -> None:
         """Validate the hyper-parameters that every subclass has."""
@@ -355,6 +359,7 @@ class PairedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key in (key for key in self.defaults if key != "differentiable"):  # torch adds it here, not at first
                 group.setdefault(key, self.defaults[key])
+            self._complete_group(group)
         if backend is not None:  # a copy or a pickle, not load_state_dict
             self._ops = Ops(backend)
             self._sides, self._pairs, self._noted, self._ready = [], [], [], True

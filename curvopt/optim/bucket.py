@@ -11,7 +11,7 @@ changed, and finding that out is all that a step spends on it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import is_, itemgetter
 from typing import Any
 
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from curvopt.distributed import Shards, agreed, local
 from curvopt.functional import compute_dtype
+from curvopt.functional.outer import cosine_rows
 from curvopt.functional.plan import mapped
 from curvopt.functional.update import Hyper, Undecayed, apply_delta
 from curvopt.optim.base import PairedOptimizer, Side, check_dense
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BASIS = "outer_basis"
 PERIODIC = ("factor_every", "inverse_every", "reproject_every")
 
 
@@ -38,13 +40,14 @@ class Block:
         rows: where they are among the bucket's T.
         shards: how the matrices are split over processes; None for plain tensors. The moments then are this process's
             pieces, with all of the rank; see `curvopt.distributed.Shards`.
-        wide: state of the size of the parameters by key, ``[L, m, n]`` views of flat tensors of the bucket.
+        wide: state as wide as the parameters by key, ``[L, m, n]`` views of flat tensors of the bucket; of the basis
+            of the outer factors ``[L, k, n]`` or ``[L, m, k]``.
     """
 
     sides: list[Side]
     rows: slice
     shards: Shards | None
-    wide: dict[str, Tensor]
+    wide: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def exp_avg(self) -> Tensor:
@@ -55,6 +58,11 @@ class Block:
     def exp_avg_sq(self) -> Tensor:
         """Second moments ``[L, m, n]``."""
         return self.wide["exp_avg_sq"]
+
+    @property
+    def basis(self) -> Tensor | None:
+        """V of the outer factors ``[L, k, n]`` or ``[L, m, k]``; None without them."""
+        return self.wide.get(BASIS)
 
     @property
     def rank_dim(self) -> int:
@@ -103,6 +111,7 @@ class Bucket:
         states: the optimizer's ``state``; what it has of the sides is taken over, and views are put back.
         small: gives the r×r and counting state of a side: prototypes by key, without the leading T.
         wide: keys of the state that is as large as the parameters, zero at first.
+        outer_rank: k, how many directions of the outer factors are kept; 0 for none.
         kind: what the subclass wants its sides to share, whatever it is.
 
     Attributes:
@@ -113,7 +122,7 @@ class Bucket:
         grads: gradients of this step, one per side; empty between steps.
         slabs: the blocks as the rules take them, with the `Hyper` they share.
         plan: what runs the update of this step, chosen by `begin`.
-        known: ``[T]`` booleans, which factors are non-empty, for rules that ask; None: none does.
+        widths: ``[T]`` how many columns the matrices have beside the rank, over all processes.
     """
 
     def __init__(
@@ -122,6 +131,7 @@ class Bucket:
         states: Mapping[Tensor, State],
         small: Callable[[Side], dict[str, Tensor]],
         wide: Sequence[str] = MOMENTS,
+        outer_rank: int = 0,
         kind: Any = None,
     ) -> None:
         shapes: dict[tuple[Any, ...], list[Side]] = {}
@@ -134,17 +144,21 @@ class Bucket:
         self.grads: list[Tensor] = []
         first = self.sides[0]
         self.group, self.r, self.kind = first.group, first.pair.rank, kind
+        self.outer_rank = outer_rank
         self.dtype, self.device = first.param.dtype, first.param.device
         self.compute_dtype = compute_dtype(self.dtype)
         self.hyper = Hyper(0.0, 0.0, 0.0, 0.0, 0.0)
         self.slabs: list[Any] = []
         self.plan: Any = None
-        self.known: Tensor | None = None
         self._plans: dict[str, tuple[Any, list[Any]]] = {}
         self._owed: list[tuple[int, float, float, Tensor, Any]] = []
         self._addresses: list[int] = []
         self._plain = first.shards is None and all(p.ndim == 2 for p in self.params)
-        self._bind(list(shapes.values()), states, small, wide)
+        self._bind(
+            list(shapes.values()), states, small, dict.fromkeys(wide) | ({BASIS: outer_rank} if outer_rank else {})
+        )
+        widths = [float(block.width) for block in self.blocks for _ in block.sides]
+        self.widths = torch.tensor(widths, dtype=self.compute_dtype).to(self.device)
 
     # ------------------------------------------------------------------ state
 
@@ -153,18 +167,16 @@ class Bucket:
         shapes: list[list[Side]],
         states: Mapping[Tensor, State],
         small: Callable[[Side], dict[str, Tensor]],
-        wide: Sequence[str],
+        wide: Mapping[str, int | None],
     ) -> None:
-        """Make the state, taking over what ``states`` has, and put views of it back there."""
-        like = [_moment_like(block[0]) for block in shapes]
-        total = sum(len(block) * X.numel() for block, X in zip(shapes, like, strict=True))
-        flat = {key: torch.zeros(total, dtype=self.dtype, device=self.device) for key in wide}
-        at, row = 0, 0
-        for group, X in zip(shapes, like, strict=True):
-            end = at + len(group) * X.numel()
-            views = {key: flat[key][at:end].view(len(group), *X.shape) for key in wide}
-            self.blocks.append(Block(group, slice(row, row + len(group)), group[0].shards, views))
-            at, row = end, row + len(group)
+        """Make the state, taking over what ``states`` has, and put views of it back there.
+
+        ``wide`` says how many directions each has where it is not the rank.
+        """
+        row = 0
+        for block in shapes:
+            self.blocks.append(Block(block, slice(row, row + len(block)), block[0].shards))
+            row += len(block)
         known = [states[p] for p in self.params]
         rest = [small(s) for s in self.sides]
         for key, like_row in rest[0].items():
@@ -174,25 +186,30 @@ class Bucket:
             self.state[key] = torch.as_tensor(known[0].get(key, 0.0), dtype=torch.float32).to(self.device, copy=True)
         self.state["cadence"] = cadence_of(known[0]).clone()
         self._steps, *self._done = self.state["cadence"].tolist()
-        for block in self.blocks:
-            for key, kept in block.wide.items():
-                for s, x in zip(block.sides, kept, strict=True):
-                    value = states[s.param].get(key)
-                    if value is not None:
-                        x.copy_(self._as_kept(value, s, block.shards))
-                    states[s.param][key] = _like_param(x, s.param, block.shards)
+        for key, directions in wide.items():
+            self._bind_wide(key, directions, states)
         shared = {key: self.state[key] for key in ("step", "skipped", "cadence")}
         for i, state in enumerate(known):
             state.update({key: self.state[key][i] for key in rest[0]}, **shared)
         self._entries = known
         self._views = [state["exp_avg"] for state in known]
 
-    def _as_kept(self, value: Tensor, side: Side, shards: Shards | None) -> Tensor:
-        """Return a saved moment as a matrix in the layout of the state."""
-        value = value.to(self.device, self.dtype)
-        if shards is not None:
-            return side.matrix(shards.piece(value).contiguous())
-        return side.matrix(torch.empty_like(side.param, dtype=value.dtype).copy_(value))
+    def _bind_wide(self, key: str, directions: int | None, states: Mapping[Tensor, State]) -> None:
+        """Make one kind of state that is as wide as the parameters, in one flat tensor."""
+        like = [_Layout(block.sides[0], directions) for block in self.blocks]
+        total = sum(len(block.sides) * X.matrix.numel() for block, X in zip(self.blocks, like, strict=True))
+        flat, at = torch.zeros(total, dtype=self.dtype, device=self.device), 0
+        for block, layout in zip(self.blocks, like, strict=True):
+            end = at + len(block.sides) * layout.matrix.numel()
+            kept = block.wide[key] = flat[at:end].view(len(block.sides), *layout.matrix.shape)
+            at = end
+            if directions is not None:
+                kept.copy_(_start(block, directions))
+            for s, x in zip(block.sides, kept, strict=True):
+                value = states[s.param].get(key)
+                if value is not None:
+                    x.copy_(layout.kept(s, value.to(self.device, self.dtype)))
+                states[s.param][key] = layout.shown(s, x)
 
     @property
     def intact(self) -> bool:
@@ -385,18 +402,58 @@ def on_pieces(block: Block, hyper: Hyper, dtype: torch.dtype) -> tuple[list[Tens
     return list(torch.zeros_like(block.exp_avg, dtype=dtype).unbind()), Undecayed(hyper)
 
 
-def _moment_like(side: Side) -> Tensor:
-    """Return a meta tensor with the shape that the moments of a side have as matrices on this process."""
-    shards = side.shards
-    shape = side.param if shards is None else torch.empty(shards.work_shape, device="meta")
-    return side.matrix(torch.empty_like(shape, device="meta"))
+class _Layout:
+    """How state as wide as a parameter lies in a block, and in ``optimizer.state``.
+
+    Args:
+        side: any side of the block.
+        directions: how many it has along the rank; None for those of the parameter.
+
+    Attributes:
+        matrix: a meta tensor with the shape of the matrix on this process.
+    """
+
+    def __init__(self, side: Side, directions: int | None) -> None:
+        shards, dim = side.shards, side.rank_dim - 1
+        if directions is not None and shards is not None:
+            shape = tuple(directions if i == dim else n for i, n in enumerate(shards.shape))
+            shards = replace(shards, shape=shape)
+        self._shards = shards
+        if shards is None:
+            self._like = _in_memory_order(side.param, dim, directions)
+        else:
+            self._like = torch.empty(shards.work_shape, device="meta")
+        self.matrix = side.matrix(self._like)
+
+    def kept(self, side: Side, value: Tensor) -> Tensor:
+        """Return a saved tensor as a matrix of the block."""
+        if self._shards is not None:
+            return side.matrix(self._shards.piece(value).contiguous())
+        return side.matrix(torch.empty_like(self._like, dtype=value.dtype, device=value.device).copy_(value))
+
+    def shown(self, side: Side, row: Tensor) -> Tensor:
+        """Return a matrix of the block with the dimensions of the parameter; rows hold its memory order."""
+        if self._shards is not None:
+            return self._shards.wrap(row)
+        if side.param.ndim == 2:
+            return row
+        return row.as_strided(self._like.shape, self._like.stride(), row.storage_offset())
 
 
-def _like_param(row: Tensor, p: Tensor, shards: Shards | None) -> Tensor:
-    """Return a matrix of a block with the shape of the parameter; rows hold the parameter's memory order."""
-    if shards is not None:
-        return shards.wrap(row)
-    return row if p.ndim == 2 else row.as_strided(p.shape, p.stride(), row.storage_offset())
+def _in_memory_order(p: Tensor, dim: int, n: int | None) -> Tensor:
+    """Return a meta tensor shaped like ``p``, with n entries along ``dim`` if given, in the memory order of ``p``."""
+    if n is None:
+        return torch.empty_like(p, device="meta")
+    order = sorted(range(p.ndim), key=lambda i: (p.shape[i] == 1, -p.stride(i)))
+    made = torch.empty([n if i == dim else p.shape[i] for i in order], device="meta")
+    return made.permute([order.index(i) for i in range(p.ndim)])
+
+
+def _start(block: Block, k: int) -> Tensor:
+    """Return the columns that this process has of V at the start; see `functional.outer.cosine_rows`."""
+    whole = cosine_rows(k, block.width)
+    V = whole if block.shards is None else block.shards.columns(whole)
+    return V if block.rank_dim == 1 else V.mT
 
 
 class BucketedOptimizer(PairedOptimizer):
@@ -452,10 +509,10 @@ class BucketedOptimizer(PairedOptimizer):
     def _regrouped(self, sides: Sequence[Side]) -> list[Bucket]:
         groups: dict[tuple[Any, ...], list[Side]] = {}
         for side in sides:
-            key = (*bucket_key(side, self.state.get(side.param, {})), self._kind(side))
+            key = (*bucket_key(side, self.state.get(side.param, {})), self._outer_rank(side), self._kind(side))
             groups.setdefault(key, []).append(side)
         made = [
-            Bucket(group, self.state, self._small_state, self._wide_state(group[0]), key[-1])
+            Bucket(group, self.state, self._small_state, self._wide_state(group[0]), *key[-2:])
             for key, group in groups.items()
         ]
         for bucket in made:
@@ -473,6 +530,10 @@ class BucketedOptimizer(PairedOptimizer):
     def _wide_state(self, side: Side) -> Sequence[str]:
         """Return the keys of the state of a side that is as large as the parameter."""
         return MOMENTS
+
+    def _outer_rank(self, side: Side) -> int:
+        """Return how many directions of its outer factor a side keeps; 0 for none."""
+        return 0
 
     def _found_inf(self, buckets: Sequence[Bucket], others: dict[int, list[Tensor]]) -> dict[torch.device, Tensor]:
         """Return, per device, a 0-d float32 that is 1 if any gradient of this step is not finite, anywhere."""

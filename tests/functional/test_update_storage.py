@@ -67,7 +67,6 @@ def test_dead_rows_stay_dead(rule):
     k, S = torch.tensor([2, 3]), random_spd(2, 5, g)
     S[0, 2:], S[0, :, 2:], S[1, 3:], S[1, :, 3:] = 0, 0, 0, 0
     matrix = {
-        "polar": lambda: eigenbasis(S, k)[0],
         "eigen": lambda: eigenbasis(S, k)[0],
         "whiten": lambda: damped_inverse_root(S, 0.1, k),
         "adam": lambda: damped_inverse(S, 0.1, k),

@@ -13,15 +13,12 @@ from curvopt.functional.update import RULES
 
 
 def with_ranks(s, ranks):
-    """The slab with live ranks: everything dead is zero, and the matrix leaves it alone."""
+    """The slab with live ranks: everything dead is zero."""
     s.k = torch.tensor(ranks)
-    r = s.exp_avg.shape[s.rank_dim]
     for l, k in enumerate(ranks):
         dead = (slice(k, None), slice(None)) if s.rank_dim == 1 else (slice(None), slice(k, None))
         for t in (s.params, s.grads, s.exp_avg, s.exp_avg_sq):
             t[l][dead] = 0
-        s.matrix[l] = torch.eye(r)
-        s.matrix[l, :k, :k] = torch.linalg.qr(torch.randn(k, k, generator=torch.Generator().manual_seed(l))).Q
     return s
 
 
@@ -89,18 +86,6 @@ def test_live_ranks(side, param, state, device):
     assert (dead == 0).all()
 
 
-@pytest.mark.parametrize("r", [5, 32])
-def test_unknown_factors_take_the_step_of_eigen(r, device):
-    slabs = [slab(3, r, 40, 1), slab(2, r, 33, 2), slab(2, r, 33, 1, matrix=False)]
-    slabs[0].known, slabs[2].known = torch.tensor([False, True, False]), torch.tensor([False, True])
-    slabs[0].k = torch.tensor([r, r, r])
-    ours, exact = both("polar", slabs, device)
-    check(ours, exact)
-    plain, _ = both("eigen", slabs, device)
-    torch.testing.assert_close(ours[0].params[0], plain[0].params[0], rtol=1e-6, atol=1e-6)
-    assert (ours[0].params[1] - plain[0].params[1]).abs().max() > 1e-4
-
-
 def test_the_step_does_not_depend_on_what_float16_cannot_hold(device):
     """Gradients whose squares vanish in float16: from the stored second moment the step would be m/ε."""
     s = slab(1, 8, 40, 1, F16, F16, weight_decay=0.0)
@@ -141,14 +126,12 @@ def test_found_inf_with_rubbish_in_between(device):
     assert all(torch.equal(a.cpu(), b) for a, b in zip(tensors(ours[0]), tensors(s), strict=True))
 
 
-@pytest.mark.parametrize("change", ["damping", "matrix", "rule"])
+@pytest.mark.parametrize("change", ["damping", "rule"])
 def test_a_wrong_step_fails_the_check(change, device):
     good = slab(1, 8, 40, 2)
     bad = copy.copy(good)
     if change == "damping":
         bad.damping = 0.11
-    if change == "matrix":
-        bad.matrix = good.matrix.mT.contiguous()
     ours, _ = both("eigen" if change == "rule" else "polar", [bad], device)
     exact = moved(good, "cpu", torch.float64)
     RULES["polar"]([exact], torch.tensor(0.0))
@@ -168,5 +151,4 @@ def test_supports(device):
     assert fits() and fits(damping=torch.tensor(0.1, device=device)) and fits(k=torch.tensor([3], device=device))
     assert not fits(damping=0.0) and not fits(damping=torch.ones(2, device=device))
     assert not fits(k=torch.tensor([3], device=device, dtype=torch.int32))
-    assert fits(known=torch.tensor([True], device=device)) and not fits(known=torch.tensor([1], device=device))
     assert not fits(reduce=lambda t: None)

@@ -39,11 +39,10 @@ def moved(s, device, dtype=None):
     c = copy.copy(s)
     cast = lambda t: t.detach().to(device, dtype, copy=True)  # noqa: E731
     c.params = [cast(p) for p in s.params]
-    for name in ("grads", "exp_avg", "exp_avg_sq", "matrix"):
+    for name in ("grads", "exp_avg", "exp_avg_sq", "matrix", "basis"):
         setattr(c, name, None if getattr(s, name) is None else cast(getattr(s, name)))
     c.step = s.step.to(device, copy=True)
-    for name in ("k", "known"):
-        setattr(c, name, None if getattr(s, name) is None else getattr(s, name).to(device))
+    c.k = None if s.k is None else s.k.to(device)
     c.damping = s.damping.to(device) if isinstance(s.damping, torch.Tensor) else s.damping
     if isinstance(s.hyper.lr, torch.Tensor):
         c.hyper = replace(s.hyper, lr=s.hyper.lr.to(device))

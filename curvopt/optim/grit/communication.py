@@ -25,7 +25,10 @@ def bytes_sent(optimizer: BucketedOptimizer) -> dict[str, int]:
                 continue
             there, back = _ways(block, shards)
             held = bucket.dtype.itemsize
-            sent["update"] += there * held + back * b + RULES[g["update"]].shared(r) * L * b
+            basis = block.basis
+            k = 0 if basis is None else basis.shape[block.rank_dim]
+            numbers = RULES[g["update"]].shared(r) + (r * (r + k) if k else 0)
+            sent["update"] += there * held + back * b + numbers * L * b
             if source.observe is not None and not source.hooks:
                 sent["statistics"] += L * r * (r + 1) // 2 * b + (0 if source.data else there * held)
             if g["reproject_every"]:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from curvopt.distributed import all_reduce_grams, world_size
 from curvopt.functional import compute_dtype, rank_gram
-from curvopt.functional.inverse import empty
 from curvopt.functional.update import RULES, Rule
 from curvopt.lora import Capture, LoraPair
 from curvopt.lora.capture import Store
 from curvopt.ops import Ops
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket
+from curvopt.optim.grit import outer
 
 # one observation per side of a bucket [T, r, r], and the rows behind each [T]; NaN for a pair that was not observed
 Observation = tuple[Tensor, Tensor]
@@ -100,7 +100,6 @@ class Curvature:
                 flag = found_inf[bucket.device]
                 took = self._ops("ema_", state["factor"], S_new, state["observed"], decay, flag)
                 state["rows"].add_(torch.where(took, rows, 0.0))
-                note_known(bucket)
                 bucket.did("factor_every", flag)
 
     def warn_of_silence(self, buckets: Sequence[Bucket]) -> None:
@@ -168,8 +167,7 @@ class Curvature:
     def refresh(self, bucket: Bucket, found_inf: Tensor) -> None:
         """Make the rule's matrices anew, M ← f(Ŝ + λI); moments that live in a basis turn with it."""
         rule = rule_of(bucket)
-        if rule.key is None:
-            return
+        assert rule.key is not None
         old = bucket.state[rule.key]
         new = torch.where(found_inf == 0, self.made(bucket), old)
         if rule.turns:
@@ -206,12 +204,6 @@ def rule_of(bucket: Bucket) -> Rule:
 def live_rank(bucket: Bucket) -> Tensor | None:
     """Return ``[T]`` live ranks, or None where ranks never change."""
     return None if bucket.group["rank_threshold"] is None else bucket.state["rank"]
-
-
-def note_known(bucket: Bucket) -> None:
-    """Note which factors are non-empty, for rules that ask; B = 0 keeps that of A empty at the start."""
-    if bucket.known is not None:
-        bucket.known.copy_(~empty(bucket.state["factor"], live_rank(bucket)))
 
 
 def source_of(side: Side) -> Source:
@@ -341,10 +333,10 @@ def small_state(side: Side) -> dict[str, Tensor]:
     small["pending"] = torch.zeros((), dtype=torch.int64, device=device)
     if (side.group["reprojection"] or "").startswith("paper"):
         small["kept"] = small["rank"]
-    return small
+    return small | outer.small_state(side)
 
 
 def due(buckets: Iterable[Bucket], what: str) -> list[Bucket]:
     """Return the buckets for which periodic work is to be done in this step; see `Bucket.due`."""
-    observing = (b for b in buckets if "factor" in b.state)
-    return [b for b in observing if b.due(what)]
+    reading = (b for b in buckets if ("factor" if what != "inverse_every" else rule_of(b).key) in b.state)
+    return [b for b in reading if b.due(what)]

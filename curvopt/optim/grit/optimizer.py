@@ -1,4 +1,4 @@
-"""GritKFAC: AdamW for LoRA with rank-space K-FAC, reprojection and a rank that follows the spectrum."""
+"""GritKFAC: AdamW for LoRA with K-FAC's factors on both sides, reprojection and a rank that follows the spectrum."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,8 +12,8 @@ from curvopt.lora import resize_pair
 from curvopt.lora.resize import check_resize
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
-from curvopt.optim.grit import diagnostics, reproject, settings
-from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, note_known, small_state, source_of
+from curvopt.optim.grit import diagnostics, outer, reproject, settings
+from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
 
 T = TypeVar("T", bound="GritKFAC")
 
@@ -77,6 +77,7 @@ class GritKFAC(BucketedOptimizer):
     _process_group: dist.ProcessGroup | None = None
     _small = frozenset(
         {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
+        | outer.SMALL
         | {rule.key for rule in RULES.values() if rule.key is not None}
     )
 
@@ -84,20 +85,21 @@ class GritKFAC(BucketedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = (0.7, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        statistics: str = "activation",
+        statistics: str = "auto",
         sides: str = "kfac",
         update: str = "polar",
+        outer_rank: int = 16,
         damping: float | Tensor = 0.1,
         factor_decay: float = 0.95,
         factor_every: int = 1,
         inverse_every: int = 10,
         warmup_steps: int = 0,
         reprojection: str | None = "balanced",
-        reproject_every: int = 0,
+        reproject_every: int | None = None,
         rank_threshold: float | None = None,
         min_rank: int = settings.MIN_RANK,
         adapter: str | None = None,
@@ -111,6 +113,7 @@ class GritKFAC(BucketedOptimizer):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
             "capturable": capturable, "statistics": statistics, "sides": sides, "update": update,
+            "outer_rank": outer_rank,
             "damping": damping, "factor_decay": factor_decay, "factor_every": factor_every,
             "inverse_every": inverse_every, "warmup_steps": warmup_steps, "reprojection": reprojection,
             "reproject_every": reproject_every, "rank_threshold": rank_threshold, "min_rank": min_rank,
@@ -132,7 +135,7 @@ class GritKFAC(BucketedOptimizer):
         published = {
             "sides": "paper", "update": "adam", "damping": 1e-3, "factor_decay": 1.0, "factor_every": 15,
             "inverse_every": 50, "reprojection": "paper", "reproject_every": 50, "rank_threshold": 0.99,
-            "min_rank": 4, "weight_decay": 0.01,
+            "min_rank": 4, "weight_decay": 0.01, "outer_rank": 0,
         }  # fmt: skip
         return cls(params, lr, **{**published, **overrides})
 
@@ -153,6 +156,8 @@ class GritKFAC(BucketedOptimizer):
             self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
         reprojected = due(buckets, "reproject_every")
         for bucket in buckets:
+            if bucket.outer_rank:
+                outer.precondition(bucket, found_inf[bucket.device])  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
             bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
         self._update_others(others, found_inf)
         if reprojected:
@@ -172,9 +177,6 @@ class GritKFAC(BucketedOptimizer):
         rule = RULES["adam" if name == "adam" else bucket.group["update"]]
         matrix = None if name == "adam" or rule.key is None else bucket.state.get(rule.key)
         k = live_rank(bucket)
-        if rule.damps and matrix is not None:
-            bucket.known = torch.zeros(len(bucket.sides), dtype=torch.bool, device=bucket.device)
-            note_known(bucket)
         slabs = []
         for block in bucket.blocks:
             params, hyper = on_pieces(block, bucket.hyper, bucket.compute_dtype)
@@ -191,7 +193,7 @@ class GritKFAC(BucketedOptimizer):
                     reduce=block.shards.sum_ if block.shards is not None and rule.shared(bucket.r) else None,
                     damping=bucket.group["damping"],
                     k=None if k is None else k[block.rows],
-                    known=None if bucket.known is None else bucket.known[block.rows],
+                    basis=block.basis,
                 )
             )
         return self._ops.plan(rule.name, slabs), slabs
@@ -284,6 +286,12 @@ class GritKFAC(BucketedOptimizer):
         super()._note_params()
         before: Curvature | None = self.__dict__.get("_curvature")
         self._curvature = Curvature(self._sides, self._pairs, self._process_group, self._ops, before)
+
+    def _complete_group(self, g: dict[str, Any]) -> None:
+        settings.complete(g)
+
+    def _outer_rank(self, side: Side) -> int:
+        return outer.outer_rank(side)
 
     def _kind(self, side: Side) -> Source:
         return source_of(side)

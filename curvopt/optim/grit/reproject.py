@@ -10,7 +10,7 @@ from curvopt.functional.inverse import eigenbasis, normalised
 from curvopt.lora import LoraPair
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Block, Bucket
-from curvopt.optim.grit.curvature import Curvature, note_known, rule_of
+from curvopt.optim.grit.curvature import Curvature, rule_of
 
 # rows of u and d before the published code lets d have a basis of its own
 MIN_SAMPLES = 64
@@ -89,7 +89,6 @@ def _transform(
     alive = live_rows(k, bucket.r)
     factor = torch.where(alive[:, :, None] & alive[:, None, :], basis.congruence(M_factor, state["factor"]), 0.0)
     state["factor"].copy_(torch.where(found_inf == 0, factor, state["factor"]))
-    note_known(bucket)
 
     rule, old, new = rule_of(bucket), None, None
     if rule.key is not None:

@@ -13,8 +13,22 @@ REPROJECTIONS = ("balanced", "paper", "paper-one-sided", None)
 MIN_RANK = 4
 
 # what the groups that hold a pair's A and B must agree on
-SHARED = ("statistics", "sides", "update", "damping", "factor_decay", "factor_every", "inverse_every",
+SHARED = ("statistics", "outer_rank", "sides", "update", "damping", "factor_decay", "factor_every", "inverse_every",
           "warmup_steps", "reprojection", "reproject_every", "rank_threshold", "min_rank")  # fmt: skip
+
+
+# steps between reprojections where a threshold of the rank asks for them and nobody says how many
+REPROJECT_EVERY = 25
+
+
+def complete(g: dict[str, Any]) -> None:
+    """Decide what depends on what else is asked for: factors are kept where something reads them, and only there."""
+    if g["reproject_every"] is None:
+        g["reproject_every"] = 0 if g["rank_threshold"] is None else REPROJECT_EVERY
+    if g["statistics"] == "auto":
+        rule = RULES.get(g["update"])
+        read = g["reproject_every"] != 0 or (rule is not None and rule.key is not None)
+        g["statistics"] = "activation" if read else "none"
 
 
 def check_group(g: dict[str, Any]) -> None:
@@ -27,20 +41,22 @@ def check_group(g: dict[str, Any]) -> None:
     check("factor_decay", decay, is_number(decay) and 0 <= decay <= 1, "a number in [0, 1]")
     for name, least in (
         ("factor_every", 1), ("inverse_every", 1), ("warmup_steps", 0), ("reproject_every", 0), ("min_rank", 1),
+        ("outer_rank", 0),
     ):  # fmt: skip
         check(name, g[name], is_whole(g[name]) and g[name] >= least, f"an integer ≥ {least}")
     if SOURCES[g["statistics"]].observe is None:  # nothing to make a matrix or a gauge of
-        able = [rule.name for rule in RULES.values() if rule.damps]
+        able = [rule.name for rule in RULES.values() if rule.key is None]
         need = f'with statistics="none" one of {", ".join(map(repr, able))}: the other rules act through a factor'
         check("update", g["update"], g["update"] in able, need)
         check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, '0 with statistics="none"')
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
+    check("factor_decay", decay, g["outer_rank"] == 0 or decay < 1, "below 1 with outer factors (outer_rank > 0)")
 
 
 def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None:
     """Raise a ValueError if a group was edited after a step in what its state was made for."""
-    for name in ("update", "sides", "statistics"):
+    for name in ("update", "sides", "statistics", "outer_rank"):
         same = not stepped or before[name] == g[name]
         check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state is made for it")
 

@@ -1,0 +1,117 @@
+"""Outer factors of low rank: the half of K-FAC that is as wide as the layer, at the cost of the adapter.
+
+K-FAC takes the Fisher matrix of A ``(r, d_in)`` to be S_x ⊗ S_d and that of B ``(d_out, r)`` to be S_u ⊗ S_g. S_d and
+S_u are r×r; S_x = E[x xᵀ] and S_g = E[g gᵀ] are d×d, the *outer* factors. As Shampoo does, they are estimated by the
+gradients themselves, which need no hook: S_x ∝ E[∇Aᵀ∇A] and S_g ∝ E[∇B ∇Bᵀ]. Only the shape of a factor acts, so with
+G the gradient rank first, ``(r, d)``, n = r its rows, and β the decay of the average,
+
+    S ← β S + (1−β) GᵀG / n,      S ≈ Vᵀ diag(μ) V + ρ (I − VᵀV),      ρ = (tr S − Σμ) / (d − k),
+
+V ``(k, d)`` with orthonormal rows. S̃ = S / mean diag S + λI, and the gradient is preconditioned before Adam sees it:
+
+    G S̃^(-1/2) √(1+λ) = c G + P diag(w) V,   P = G Vᵀ,   c = √((1+λ)/(ρ̃+λ)),   w = √((1+λ)/(μ̃+λ)) − c.
+
+The factor √(1+λ) leaves G alone where S is a multiple of I, and as λ → ∞.
+
+V follows S by one step of block power iteration on S + σI per step, orthonormalised by Cholesky:
+
+    Y = V (S + σI) = (β diag(μ) + σ) V + (1−β)/n Pᵀ G,     L Lᵀ = Y Yᵀ,     V ← L⁻¹ Y,     σ = λ mean diag S.
+
+The shift leaves the eigenvectors where they are, and keeps Y of full rank while S is that of a few gradients.
+
+Everything beside two passes over G and V is of size r + k: with the products ``[G Gᵀ | G Vᵀ]`` ``(r, r + k)`` at hand,
+both results are one linear map of what is there, [G; V] ← M [G; V], M ``(r + k, r + k)``. The derivation is ours; the
+iteration is that of SOAP (arXiv 2409.11321) in r + k dimensions. VVᵀ is taken to be I: deviations shrink by at least β
+squared at every step that sees gradients, because Y weighs V by β μ.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class OuterMap:
+    """What `outer_map` returns.
+
+    Attributes:
+        M: ``[T, r + k, r + k]``: [G S̃^(-1/2) √(1+λ); V] ← M [G; V].
+        mu: ``[T, k]`` new eigenvalues.
+        trace: ``[T]`` new traces.
+    """
+
+    M: Tensor
+    mu: Tensor
+    trace: Tensor
+
+
+def cosine_rows(k: int, d: int, begin: int = 0, end: int | None = None) -> Tensor:
+    """Return columns ``begin`` to ``end`` of k orthonormal rows of length d, ``(k, end − begin)`` float64.
+
+    The first rows of the cosine transform (DCT-IV), V_ij = √(2/d) cos(π (i+½)(j+½) / d): a start that has no random
+    numbers, and of which every process can make its own columns. k ≤ d.
+    """
+    i = torch.arange(k, dtype=torch.float64)[:, None] + 0.5
+    j = torch.arange(begin, d if end is None else end, dtype=torch.float64) + 0.5
+    return torch.cos(math.pi / d * i * j) * math.sqrt(2 / d)
+
+
+def outer_map(
+    products: Tensor, mu: Tensor, trace: Tensor, d: Tensor, decay: float, damping: float | Tensor, found_inf: Tensor
+) -> OuterMap:
+    """Advance T outer factors by one gradient each, and return what preconditions these gradients.
+
+    Where a factor is empty, because no gradient has been other than zero yet, the gradient is left as it is. Where the
+    products are not finite, or ``found_inf`` is set, everything is.
+
+    Args:
+        products: ``[T, r, r + k]``: G Gᵀ and G Vᵀ side by side, in float32 or float64.
+        mu: ``[T, k]`` eigenvalues of S along V, in the same dtype.
+        trace: ``[T]`` of S.
+        d: ``[T]`` number of columns of G, ``d ≥ k``.
+        decay: β in [0, 1).
+        damping: λ > 0; a 0-d tensor is read on its device.
+        found_inf: 0-d float; non-zero: nothing changes.
+    """
+    r = products.shape[1]
+    k = products.shape[2] - r
+    H, P = products.split([r, k], dim=2)
+    new_trace = decay * trace + (1 - decay) * H.diagonal(dim1=1, dim2=2).mean(1)
+    t = torch.where(new_trace > 0, new_trace, 1.0)
+    # the trace is the unit from here on: squares of small gradients' squares would underflow
+    H, P, mu_old = H / t[:, None, None], P / t.sqrt()[:, None, None], mu / t[:, None]
+    rest = ((trace / t - mu_old.sum(1)) / (d - k).clamp(min=1)).clamp(min=0)
+    share = (1 - decay) / r
+    D = decay * mu_old + (damping / d)[:, None]
+    # Y = D V + share Pᵀ G, its Gram matrix, and V' = L⁻¹ Y = keep V + take G
+    PtP = P.mT @ P
+    gram = torch.diag_embed(D.square()) + share * (D[:, :, None] * PtP + PtP * D[:, None, :])
+    gram += share**2 * (P.mT @ H @ P)
+    L, _ = torch.linalg.cholesky_ex(gram)
+    both = torch.linalg.solve_triangular(L, torch.cat((torch.diag_embed(D), share * P.mT), 2), upper=False)
+    keep, take = both.split([k, r], dim=2)
+    P_new = P @ keep.mT + H @ take.mT  # G V'ᵀ
+    turned = (keep + take @ P).square()  # (V' Vᵀ)²
+    kept = (turned * mu_old[:, None, :]).sum(2) + rest[:, None] * (1 - turned.sum(2)).clamp(min=0)
+    mu_new = decay * kept + share * P_new.square().sum(1)
+    # S̃ has a mean eigenvalue of 1 + λ
+    rho = ((1 - mu_new.sum(1)) / (d - k).clamp(min=1)).clamp(min=0)
+    c = ((1 + damping) / (rho * d + damping)).sqrt()
+    w = ((1 + damping) / (mu_new * d[:, None] + damping)).sqrt() - c[:, None]
+    eye = torch.eye(r + k, dtype=P.dtype, device=P.device)
+    Pw = P_new * w[:, None, :]
+    M = torch.cat(
+        (
+            torch.cat((c[:, None, None] * eye[:r, :r] + Pw @ take, t.sqrt()[:, None, None] * (Pw @ keep)), 2),
+            torch.cat((take / t.sqrt()[:, None, None], keep), 2),
+        ),
+        1,
+    )
+    good = (new_trace > 0) & torch.isfinite(M).all(2).all(1) & torch.isfinite(mu_new).all(1) & (found_inf == 0)
+    return OuterMap(
+        M=torch.where(good[:, None, None], M, eye),
+        mu=torch.where(good[:, None], mu_new * t[:, None], mu),
+        trace=torch.where(good, new_trace, trace),
+    )
