@@ -70,6 +70,31 @@ def bands(P: Sequence[float]) -> list[tuple[int, int, float]]:
     return found
 
 
+def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same product with its directions in order: (A', B', σ) with B' A' = B A = Σ σ_i u_i v_iᵀ.
+
+    A' = Σ^½ Vᵀ and B' = U Σ^½, so the first ρ directions are the best matrix of that rank in the Frobenius norm, and
+    what they leave out is (Σ_{i ≥ ρ} σ_i²)^½ (Eckart and Young, 1936). Two thin QRs and one SVD of the rank's size;
+    the product itself is never formed.
+
+    Args:
+        A: ``(r, d_in)``.
+        B: ``(d_out, r)``.
+
+    Returns:
+        A' ``(r, d_in)``, B' ``(d_out, r)``, σ ``(r,)`` in descending order, all float64; zero where r exceeds a width.
+    """
+    r, wide = A.shape[0], torch.float64
+    Q_a, R_a = torch.linalg.qr(A.to(wide).mT)
+    Q_b, R_b = torch.linalg.qr(B.to(wide))
+    U, sigma, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
+    root = sigma.sqrt()
+    A_new, B_new = A.new_zeros(A.shape, dtype=wide), B.new_zeros(B.shape, dtype=wide)
+    A_new[: len(sigma)] = root[:, None] * (Vh @ Q_a.mT)
+    B_new[:, : len(sigma)] = (Q_b @ U) * root
+    return A_new, B_new, torch.cat([sigma, sigma.new_zeros(r - len(sigma))])
+
+
 Blocks = list[list[Tensor]]
 
 
