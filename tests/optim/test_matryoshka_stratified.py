@@ -145,6 +145,26 @@ def test_a_recomputed_block_has_the_masks_it_had(reentrant):
     models.assert_same(trained(reentrant), trained(None))
 
 
+def test_a_compiled_model_has_the_masks_of_the_same_one_in_eager_mode():
+    """Masks change at every step and are never baked into a graph."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = models.mlp()
+        optimizer = made(model)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        losses = []
+        for i in range(10):
+            optimizer.zero_grad()
+            x, y = models.batch(model, i)
+            loss = torch.nn.functional.cross_entropy(forward(x).flatten(0, 1), y.flatten())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        runs.append(losses)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-12)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_micro_batches_have_strata_of_their_own(set_to_none):
     """Eight micro-batches of one sample: their ranks spread as those of a batch do; the next step draws others."""
