@@ -1,10 +1,13 @@
-"""One run for every rank, against a run per rank: loss and token accuracy by rank on the demo's task, AURAC, time.
+"""One run for every rank, against a run per rank: loss and token accuracy by rank on two tasks, AURAC, time.
 
-Contestants, with the same seeds and batches: ``LoRA per rank`` (AdamW, a run for each rank), ``DyLoRA`` and
-``MatryoshkaScaledAdam`` (plain modules, this package), and ``MatryoshkaLoRA`` as it is published: modules that compute
-B P A, under AdamW. At rank ρ all compute s(ρ) B[:, :ρ] A[:ρ], but for ``P kept``: B[:, :ρ] (P A)[:ρ]. Every run is at
-the learning rates given; per contestant the one with the best mean accuracy over ranks and seeds is reported. Writes
-results/nested.csv (one row per run and rank) and results/nested.png.
+Tasks: ``topics``, the demo's, and ``headers`` (see tasks/language.py). Contestants, with the same seeds and batches:
+``LoRA per rank`` (AdamW, a run for each rank); ``DyLoRA`` and ``MatryoshkaScaledAdam`` (plain modules, this package);
+``MatryoshkaLoRA`` as it is published: modules that compute B P A, under AdamW. At rank ρ these compute
+s(ρ) B[:, :ρ] A[:ρ], but for ``P kept``: B[:, :ρ] (P A)[:ρ]. ``AdamW, cut by SVD`` is the run of ``LoRA per rank`` at
+the largest rank, cut by the singular values of B A; ``stratified`` is ``MatryoshkaScaledAdam(nesting="stratified")``.
+Every run is at the learning rates given; per contestant the one with the best mean accuracy over ranks and seeds is
+reported. Writes results/nested.csv (one row per run and rank) and results/nested-TASK.png. Runs that the CSV has are
+not repeated.
 """
 
 import argparse
@@ -12,11 +15,13 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import RESULTS, Row, read_csv, rounded, spread, stamp, table, write_csv
+from tasks import TASKS
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
@@ -24,11 +29,33 @@ from curvopt import MatryoshkaScaledAdam
 from curvopt.analysis import aurac, plot_aurac
 from curvopt.demo import task as demo_task
 from curvopt.functional.nested import diagonal, sampled_diagonal
+from curvopt.lora import truncated
 
 KEPT = "MatryoshkaScaledAdam, P kept"
-CONTESTANTS = ("LoRA per rank", "DyLoRA", "MatryoshkaLoRA", "MatryoshkaScaledAdam", KEPT)
-CSV, PNG = RESULTS / "nested.csv", RESULTS / "nested.png"
-KEY = ("optimizer", "lr", "seed")
+CUT, STRATIFIED = "AdamW, cut by SVD", "stratified"
+NESTINGS = {"DyLoRA": "dylora", "MatryoshkaScaledAdam": "matryoshka", KEPT: "matryoshka", STRATIFIED: "stratified"}
+CONTESTANTS = ("LoRA per rank", "DyLoRA", "MatryoshkaLoRA", "MatryoshkaScaledAdam", KEPT, CUT, STRATIFIED)
+CSV = RESULTS / "nested.csv"
+KEY = ("task", "optimizer", "lr", "seed")
+
+
+@dataclass
+class Texts:
+    """A task: the text to train on, held-out text (1-d uint8), and what builds a model by rank and seed."""
+
+    train: Tensor
+    held: Tensor
+    build: Any
+
+
+def load(task: str) -> Texts:
+    """Return a task by name."""
+    if task == "topics":
+        domains = demo_task.load_text_domains()
+        base = demo_task.pretrained_model(domains=domains)
+        return Texts(domains.topics, domains.topics_heldout, lambda r, seed: demo_task.lora_model(base, r, seed))
+    own: Any = TASKS[task]()
+    return Texts(own.texts["train"], own.texts["test"], lambda r, seed: own.build(seed, rank=r))
 
 
 class Explicit(nn.Module):
@@ -84,13 +111,13 @@ def measure(model: nn.Module, tokens: Tensor, length: int, windows: int) -> tupl
     return loss / count, hits / count
 
 
-def train(model: nn.Module, optimizer: Any, domains: Any, seed: int, args: argparse.Namespace) -> Row:
+def train(model: nn.Module, optimizer: Any, text: Tensor, seed: int, args: argparse.Namespace) -> Row:
     """Fine-tune with linear decay to zero; return wall seconds, and medians of a whole step and of ``step()``."""
     whole, own = [], []
     peak = optimizer.param_groups[0]["lr"]
     model.train()
     begin = time.perf_counter()
-    for i, x in enumerate(demo_task.batches(domains.topics, args.batch, args.length, args.steps, seed)):
+    for i, x in enumerate(demo_task.batches(text, args.batch, args.length, args.steps, seed)):
         start = time.perf_counter()
         for g in optimizer.param_groups:
             g["lr"] = peak * (1 - i / args.steps)
@@ -108,32 +135,35 @@ def train(model: nn.Module, optimizer: Any, domains: Any, seed: int, args: argpa
     }
 
 
-def run(name: str, lr: float, seed: int, domains: Any, base: nn.Module, args: argparse.Namespace) -> list[Row]:
+def run(task: str, name: str, lr: float, seed: int, texts: Texts, args: argparse.Namespace) -> list[Row]:
     """Train one contestant and measure it at every rank; a row for each rank."""
     top, ranks = args.ranks[-1], args.ranks
-    rows = []
+    rows: list[Row] = []
     for r in ranks if name == "LoRA per rank" else [top]:
-        model = demo_task.lora_model(base, r, seed)
+        model = texts.build(r, seed)
         layers = explicit(model, ranks, args.scale) if name == "MatryoshkaLoRA" else []
-        if name in ("DyLoRA", "MatryoshkaScaledAdam", KEPT):
-            nesting = "dylora" if name == "DyLoRA" else "matryoshka"
-            optimizer: Any = MatryoshkaScaledAdam(model, lr=lr, ranks=ranks, scale=args.scale, nesting=nesting)
+        if name in NESTINGS:
+            scale = "none" if name == STRATIFIED else args.scale
+            optimizer: Any = MatryoshkaScaledAdam(model, lr=lr, ranks=ranks, scale=scale, nesting=NESTINGS[name])
         else:
             adapters = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=0.0)
-        spent = train(model, optimizer, domains, seed, args)
+        spent = train(model, optimizer, texts.train, seed, args)
         for rank in [r] if name == "LoRA per rank" else ranks:
-            at = nullcontext()
+            at: Any = nullcontext()
             if layers:
                 at = explicit_rank(layers, rank, args.scale)
+            elif name == CUT:
+                at = truncated(model, rank)
             elif isinstance(optimizer, MatryoshkaScaledAdam):
                 at = optimizer.truncated(rank, keep_P=name == KEPT)
             with at:
-                loss, accuracy = measure(model, domains.topics, args.length, args.windows)
-                held_loss, held_accuracy = measure(model, domains.topics_heldout, args.length, args.windows)
-            rows.append({"optimizer": name, "lr": lr, "seed": seed, "rank": rank, "loss": loss, "accuracy": accuracy,
-                         "heldout_loss": held_loss, "heldout_accuracy": held_accuracy, "scale": args.scale,
-                         "steps": args.steps, "batch": args.batch, "length": args.length, **spent})  # fmt: skip
+                loss, accuracy = measure(model, texts.train, args.length, args.windows)
+                held_loss, held_accuracy = measure(model, texts.held, args.length, args.windows)
+            rows.append({"task": task, "optimizer": name, "lr": lr, "seed": seed, "rank": rank, "loss": loss,
+                         "accuracy": accuracy, "heldout_loss": held_loss, "heldout_accuracy": held_accuracy,
+                         "scale": args.scale, "steps": args.steps, "batch": args.batch, "length": args.length,
+                         "windows": args.windows, **spent})  # fmt: skip
     return rows
 
 
@@ -186,33 +216,35 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     """Run the grid, print the summary, write the CSV and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=["topics", "headers"], choices=["topics", "headers"])
     parser.add_argument("--optimizers", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--windows", type=int, default=192)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--scale", default="none")
     parser.add_argument("--out", type=Path, default=CSV)
-    parser.add_argument("--append", action="store_true", help="keep the runs recorded that this grid does not repeat")
     parser.add_argument("--replot", action="store_true", help="only the table and the plot of what is recorded")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[Row] = read_csv(args.out) if args.append or args.replot else []
-    if not args.replot:
-        domains = demo_task.load_text_domains()
-        base = demo_task.pretrained_model(domains=domains)
-        grid = [(name, lr, seed) for seed in range(args.seeds) for lr in args.lrs for name in args.optimizers]
-        rows = [row for row in rows if tuple(row[key] for key in KEY) not in grid]
-        for point in grid:
-            rows += [{**rounded(row), **stamp()} for row in run(*point, domains, base, args)]
+    rows: list[Row] = read_csv(args.out) if args.out.exists() else []
+    seeds = [] if args.replot else range(args.seeds)
+    for task in args.tasks:
+        grid = [(task, name, lr, seed) for seed in seeds for lr in args.lrs for name in args.optimizers]
+        done = {tuple(row[key] for key in KEY) for row in rows}
+        missing = [point for point in grid if point not in done]
+        texts = load(task) if missing else None
+        for point in missing:
+            rows += [{**rounded(row), **stamp()} for row in run(*point, texts, args)]
             print(rounded(rows[-1]), flush=True)
             write_csv(args.out, rows)  # each time, so that an interrupted run is not lost
-    for line in summarise(rows):
-        print(table([{"": key, line["optimizer"]: value} for key, value in line.items() if key != "optimizer"]))
-    plot(rows, args.out.with_suffix(".png"))
+        own = [row for row in rows if row["task"] == task]
+        for line in summarise(own):
+            print(table([{"": key, task: value} for key, value in line.items()]))
+        plot(own, args.out.with_name(f"{args.out.stem}-{task}.png"))
 
 
 if __name__ == "__main__":

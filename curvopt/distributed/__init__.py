@@ -21,7 +21,7 @@ can stand in for them. An all-gather of ∇A would send L r d b (W − 1)/W, W t
 columns; the way back costs the same again, since no process has the whole update to cut its rows from.
 """
 
-from curvopt.distributed.collectives import agreed, all_reduce_grams, all_reduce_sums, world_size
+from curvopt.distributed.collectives import agreed, all_reduce_grams, all_reduce_sums, process_index, world_size
 from curvopt.distributed.shards import Shards, groups_of, is_sharded, local, shards_of
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "groups_of",
     "is_sharded",
     "local",
+    "process_index",
     "shards_of",
     "world_size",
 ]

@@ -18,6 +18,11 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_index(group: dist.ProcessGroup | None = None) -> int:
+    """Return this process's rank in ``group`` (the default group if None); 0 without torch.distributed."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
 def all_reduce_sums(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Sum ``tensors`` over the processes of ``group`` in place, in one collective per device and dtype.
 

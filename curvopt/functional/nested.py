@@ -53,6 +53,33 @@ def sampled_rank(ranks: Sequence[int], draw: float) -> int:
     return ranks[min(int(draw * len(ranks)), len(ranks) - 1)]
 
 
+def stratified_ranks(
+    ranks: Sequence[int], full_share: float, n: int, offset: float, generator: torch.Generator
+) -> Tensor:
+    """Return a rank for each of n samples: the share ``full_share`` at the largest, the rest evenly over the others.
+
+    The samples stand at (π(i) + offset) / n with a random permutation π, one in each n-th of [0, 1), so no batch
+    strays by more than one sample from the shares of each rank, which stratified sampling has a smaller variance for
+    than n draws. With ``offset`` uniform on [0, 1) each sample is at each rank with the right probability.
+
+    Args:
+        ranks: ascending.
+        full_share: in (0, 1].
+        n: samples.
+        offset: in [0, 1).
+        generator: on the CPU; draws π.
+
+    Returns:
+        ``[n]`` int64 on the CPU.
+    """
+    u = (torch.randperm(n, generator=generator).double() + offset) / n
+    smaller = len(ranks) - 1
+    if full_share >= 1 or not smaller:
+        return torch.full((n,), ranks[-1])
+    at = (u / (1 - full_share) * smaller).long().clamp(max=smaller - 1)
+    return torch.tensor(ranks)[torch.where(u < 1 - full_share, at, smaller)]
+
+
 def prefix(P: Sequence[float], rank: int, scale: str = "none") -> tuple[float, ...]:
     """Return the diagonal that takes Q A to the adapter of one rank, s(ρ) / P_i for i < ρ, else 0 (0 where P_i is)."""
     top = rank_scale(rank, scale)
@@ -68,6 +95,31 @@ def bands(P: Sequence[float]) -> list[tuple[int, int, float]]:
         elif p > 0:
             found.append((i, i + 1, p))
     return found
+
+
+def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same product with its directions in order: (A', B', σ) with B' A' = B A = Σ σ_i u_i v_iᵀ.
+
+    A' = Σ^½ Vᵀ and B' = U Σ^½, so the first ρ directions are the best matrix of that rank in the Frobenius norm, and
+    what they leave out is (Σ_{i ≥ ρ} σ_i²)^½ (Eckart and Young, 1936). Two thin QRs and one SVD of the rank's size;
+    the product itself is never formed.
+
+    Args:
+        A: ``(r, d_in)``.
+        B: ``(d_out, r)``.
+
+    Returns:
+        A' ``(r, d_in)``, B' ``(d_out, r)``, σ ``(r,)`` in descending order, all float64; zero where r exceeds a width.
+    """
+    r, wide = A.shape[0], torch.float64
+    Q_a, R_a = torch.linalg.qr(A.to(wide).mT)
+    Q_b, R_b = torch.linalg.qr(B.to(wide))
+    U, sigma, Vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
+    root = sigma.sqrt()
+    A_new, B_new = A.new_zeros(A.shape, dtype=wide), B.new_zeros(B.shape, dtype=wide)
+    A_new[: len(sigma)] = root[:, None] * (Vh @ Q_a.mT)
+    B_new[:, : len(sigma)] = (Q_b @ U) * root
+    return A_new, B_new, torch.cat([sigma, sigma.new_zeros(r - len(sigma))])
 
 
 Blocks = list[list[Tensor]]

@@ -13,12 +13,11 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from curvopt.lora.cut import Basis, Factors, OrderedPair, Ranks, cut
 from curvopt.lora.pair import LoraPair
 from curvopt.lora.pairs import find_lora_pairs, find_skipped
 from curvopt.lora.resize import (
     alpha_for,
-    by_pair,
-    check_resize,
     denominator,
     moved_base,
     resized,
@@ -61,7 +60,10 @@ def export_adapter(
     path: str | Path,
     *,
     adapter: str | None = None,
-    ranks: Mapping[str, int] | int | None = None,
+    ranks: Ranks = None,
+    energy: float | None = None,
+    basis: Basis = "stored",
+    factors: Factors | None = None,
     pad_to: int | None = None,
     target: Target = "peft",
     prefix: str = "transformer",
@@ -87,7 +89,17 @@ def export_adapter(
         model: A `PeftModel`, unwrapped.
         path: The folder; made if it does not exist, files of an earlier export in it are replaced.
         adapter: Which adapter; None means the active one.
-        ranks: Keep the leading rows and columns: {pair name: rank}, or one number for all pairs that have more.
+        ranks: Keep the leading directions: {pair name: rank}, or one number for all pairs that have more.
+        energy: Instead of ranks: each pair keeps as many directions as hold this share of its energy, in (0, 1]: of
+            ‖B A‖² with ``"svd"``, of the loss that dropping all would cost under the K-FAC quadratic with
+            ``"balanced"``. A pair without any keeps its rank.
+        basis: The basis that directions are counted in; ΔW at full rank is the same in each. ``"stored"``: rows of A
+            and columns of B as they are, for adapters trained to be cut there (`MatryoshkaScaledAdam`, GritKFAC after a
+            balanced reprojection). ``"svd"``: singular vectors of B A, for the adapter of any optimizer: no adapter of
+            that rank is nearer to ΔW in the Frobenius norm (Eckart and Young, 1936). ``"balanced"``: the basis in which
+            both K-FAC factors are the same diagonal, where the leading directions cost least under the K-FAC quadratic
+            (our derivation, `curvopt.functional.basis.balanced`).
+        factors: For ``"balanced"``: {pair name: (S_u, S_d)} of all pairs, (r, r) each.
         pad_to: Afterwards fill every pair with zeros to this rank, and put its scaling into B as far as `r` and
             `lora_alpha` alone cannot say it. None pads to the largest rank where `target` needs one rank, else not.
         target: The program that will read the folder.
@@ -97,19 +109,19 @@ def export_adapter(
         The folder.
 
     Raises:
-        TypeError: If `model` is no PeftModel or a rank no integer.
-        ValueError: If the adapter, the target or a name is unknown, a rank is out of range, the adapter has parts that
-            cannot be cut or padded (a layer that is no plain pair, an initialisation that moved the base weights), or
-            parts that the target does not read (saved modules, biases, DoRA magnitudes).
+        TypeError: If `model` is no PeftModel, a rank no integer or a share no number.
+        ValueError: If the adapter, the target, the basis or a name is unknown, a rank or share is out of range or both
+            are given, factors are missing or not asked for, the adapter has parts that cannot be cut or padded (a layer
+            that is no plain pair, an initialisation that moved the base weights), or parts that the target does not
+            read (saved modules, biases, DoRA magnitudes).
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not callable(getattr(model, "get_base_model", None)):
         raise TypeError(f"model must be an unwrapped PeftModel, got {type(model).__name__}")
     if target not in _READERS:
         raise ValueError(f"target must be one of {', '.join(map(repr, get_args(Target)))}, got {target!r}")
-    for word, value in (("ranks", ranks), ("pad_to", pad_to)):
-        if value is not None and not isinstance(value, (int, Mapping) if word == "ranks" else int):
-            raise TypeError(f"{word} must be an int, got {type(value).__name__}")
+    if pad_to is not None and (not isinstance(pad_to, int) or isinstance(pad_to, bool)):
+        raise TypeError(f"pad_to must be an int, got {type(pad_to).__name__}")
     chosen = model.active_adapter if adapter is None else adapter
     if chosen not in configs:
         raise ValueError(f"adapter {chosen!r} is unknown; the model has {sorted(configs)}")
@@ -119,8 +131,10 @@ def export_adapter(
     if target == "hotswap":
         config.lora_dropout = 0.0  # compared between adapters, though nothing is dropped at inference
     state = model.state_dict()
-    if ranks is not None or pad_to is not None or target != "peft":
-        _reshape(model, chosen, config, state, ranks, pad_to, target)
+    if basis != "stored" or any(x is not None for x in (ranks, energy, factors, pad_to)) or target != "peft":
+        pairs = _cuttable(model, chosen, config)
+        made, kept = cut(pairs, ranks, energy, basis, factors, chosen)
+        _reshape(model, config, state, made, kept, pad_to, target)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -155,23 +169,30 @@ def _write_for_diffusers(written: Path, folder: Path, prefix: str) -> None:
     save_file(named, folder / _DIFFUSERS_FILE, metadata={"format": "pt"})
 
 
-def _reshape(
-    model: nn.Module,
-    adapter: str,
-    config: Any,
-    state: dict[str, Tensor],
-    ranks: Any,
-    pad_to: int | None,
-    target: str,
-) -> None:
-    """Cut, pad and scale what is to be written: `config` and `state` are changed, the tensors of the model are not."""
+def _cuttable(model: nn.Module, adapter: str, config: Any) -> list[LoraPair]:
+    """Return the pairs of an adapter whose tensors may be changed on the way to the file."""
     if moved_base(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} moved the base weights: first convert the adapter to a "
             "plain one (path_initial_model_for_weight_conversion of save_pretrained)"
         )
-    pairs = find_lora_pairs(model, adapter)
-    kept = _kept_ranks(pairs, ranks, adapter, pad_to)
+    return find_lora_pairs(model, adapter)
+
+
+def _reshape(
+    model: nn.Module,
+    config: Any,
+    state: dict[str, Tensor],
+    made: Mapping[LoraPair, OrderedPair],
+    kept: Mapping[LoraPair, int],
+    pad_to: int | None,
+    target: str,
+) -> None:
+    """Cut, pad and scale what is to be written: `config` and `state` are changed, the tensors of the model are not."""
+    pairs = list(made)
+    for pair, rank in kept.items():
+        if pad_to is not None and pad_to < rank:
+            raise ValueError(f"pad_to must be at least {rank}, the rank of {pair.name}, got {pad_to}")
     others = find_skipped(model)  # they go by the config's `r` too, and are written as they are
     scale = _READERS[target].scale
     if scale == "config" and pad_to is None:
@@ -189,7 +210,7 @@ def _reshape(
         alphas = dict(written) if scale == "one" else dict.fromkeys(pairs, _common_alpha(scalings, written))
         factors = {pair: scalings[pair] / (alphas[pair] / written[pair]) for pair in pairs}
     _say(config, {pair.base_path: (written[pair], alphas[pair]) for pair in pairs}, uniform_allowed=not others)
-    _fill(model, state, kept, factors, pad_to)
+    _fill(model, state, made, kept, factors, pad_to)
 
 
 def _common_alpha(scalings: dict[LoraPair, float], ranks: dict[LoraPair, int]) -> int:
@@ -197,22 +218,6 @@ def _common_alpha(scalings: dict[LoraPair, float], ranks: dict[LoraPair, int]) -
     alphas = Counter(alpha_for(scalings[pair], rank) for pair, rank in ranks.items())
     alpha, _ = alphas.most_common(1)[0]
     return alpha if isinstance(alpha, int) and alpha > 0 else max(ranks.values())
-
-
-def _kept_ranks(pairs: list[LoraPair], ranks: Any, adapter: str, pad_to: int | None) -> dict[LoraPair, int]:
-    """The leading rank of each pair that is written, validated."""
-    kept = {pair: pair.rank for pair in pairs}
-    if isinstance(ranks, Mapping):
-        kept.update(by_pair(pairs, ranks, adapter))
-    elif ranks is not None:
-        kept = {pair: ranks if pair.rank > ranks else pair.rank for pair in pairs}
-    for pair, rank in kept.items():
-        check_resize(pair, rank)
-        if rank > pair.rank:
-            raise ValueError(f"ranks: {pair.name} has rank {pair.rank}, {rank} cannot be cut from it")
-        if pad_to is not None and pad_to < rank:
-            raise ValueError(f"pad_to must be at least {rank}, the rank of {pair.name}, got {pad_to}")
-    return kept
 
 
 def _say(config: Any, layers: dict[str, tuple[int, float]], uniform_allowed: bool = True) -> None:
@@ -227,19 +232,20 @@ def _say(config: Any, layers: dict[str, tuple[int, float]], uniform_allowed: boo
 def _fill(
     model: nn.Module,
     state: dict[str, Tensor],
-    kept: dict[LoraPair, int],
-    factors: dict[LoraPair, float],
+    made: Mapping[LoraPair, OrderedPair],
+    kept: Mapping[LoraPair, int],
+    factors: Mapping[LoraPair, float],
     pad_to: int | None,
 ) -> None:
-    """Replace the factors in a state dict by cut, scaled and padded copies."""
-    places = {id(pair.A): (pair, pair.dim_A, 1.0) for pair in kept}
-    places.update({id(pair.B): (pair, pair.dim_B, factors[pair]) for pair in kept})
+    """Replace the LoRA matrices in a state dict by cut, scaled and padded copies."""
+    places = {id(pair.A): (pair, own.A, pair.dim_A, 1.0) for pair, own in made.items()}
+    places.update({id(pair.B): (pair, own.B, pair.dim_B, factors[pair]) for pair, own in made.items()})
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in places:
             continue
-        pair, dim, factor = places[id(parameter)]
-        cut = parameter.detach().narrow(dim, 0, kept[pair]) * factor
-        state[name] = resized(cut, dim, pad_to or kept[pair]).contiguous()
+        pair, matrix, dim, factor = places[id(parameter)]
+        part = matrix.narrow(dim, 0, kept[pair]) * factor
+        state[name] = resized(part, dim, pad_to or kept[pair]).contiguous()
         bias = name.removesuffix("weight") + "bias"
         if dim == pair.dim_B and bias in state:
             state[bias] = state[bias] * factor

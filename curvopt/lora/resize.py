@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from curvopt.distributed import is_sharded
 from curvopt.lora.pair import LoraPair, read_number
 from curvopt.lora.pairs import find_lora_pairs
 
+T = TypeVar("T")
 _RANK_FREE = ("Dora", "DoRA", "MiCA", "ALora")  # variants without a tensor of their own along the rank
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that also change the base weight
 
@@ -108,14 +109,14 @@ def check_resize(pair: LoraPair, rank: Any) -> None:
         raise ValueError(f"{pair.name} cannot be resized: its factors share memory with those of a tied layer")
 
 
-def by_pair(pairs: list[LoraPair], ranks: Mapping[str, int], adapter: str | None) -> dict[LoraPair, int]:
+def by_pair(pairs: list[LoraPair], named: Mapping[str, T], adapter: str | None) -> dict[LoraPair, T]:
     """Look names up; with an adapter, paths are names too. ValueError for an unknown one."""
     known = {pair.path: pair for pair in pairs} if adapter is not None else {}
     known.update({pair.name: pair for pair in pairs})
-    unknown = [name for name in ranks if name not in known]
+    unknown = [name for name in named if name not in known]
     if unknown:
         raise ValueError(f"no pair is named {unknown[0]!r}; some that are: {sorted(known)[:3]}")
-    return {known[name]: rank for name, rank in ranks.items()}
+    return {known[name]: value for name, value in named.items()}
 
 
 def resized(data: Tensor, dim: int, rank: int, draw: bool = False, generator: torch.Generator | None = None) -> Tensor:

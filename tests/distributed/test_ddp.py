@@ -95,6 +95,23 @@ def broken_step(world):
     return before, after, skipped, processes.snapshot(model, optimizer)
 
 
+def strata(world):
+    """Train with stratified masks; return the state and, by step, the ranks of this process's samples."""
+    model = processes.ddp(models.mlp(), world)
+    optimizer = MatryoshkaScaledAdam(
+        model, lr=3e-3, nesting="stratified", full_share=0.5, warmup_steps=0, reorder_every=3
+    )
+    ranks = []
+    for i in STEPS:
+        optimizer.zero_grad()
+        model.module.first.watch = []
+        processes.loss(model, i, world.rank, world.size).backward()
+        used = model.module.first.watch[0].detach().ne(0).any(1)  # (samples, r)
+        ranks.append([int(row.nonzero().max()) + 1 for row in used])
+        optimizer.step()
+    return processes.snapshot(model, optimizer), ranks
+
+
 def bytes_sent(world, patch):
     """Return what each step sent and what the optimizer says a step sends."""
     model = processes.ddp(models.llama(start="random"), world)
@@ -124,6 +141,7 @@ def job(worlds, everybody):
             found["uneven", size] = train(world, *SCENARIOS["all-64"], cuts=UNEVEN[size])
             found["apart", size] = train(world, *SCENARIOS["eigen-32"], group=mine)
             found["broken", size] = broken_step(world)
+            found["strata", size] = strata(world)
             found["bytes", size] = bytes_sent(world, patch)
     dist.barrier()
     return found
@@ -195,6 +213,18 @@ def test_processes_are_one_with_all_rows(found, expected, name, size):
     else:  # float64: rounding in another order, grown over the steps by divisions by √v̂
         models.assert_near(got, want, rtol=1e-8, atol=1e-10)
     assert live == ranks
+
+
+@sizes
+def test_strata_are_spread_over_processes(found, size):
+    """Parameters agree to the bit though masks differ, and all samples together have the shares: 2, 2, 4 of 8."""
+    runs = [process["strata", size] for process in found[:size]]
+    for other in runs[1:]:
+        models.assert_same(runs[0][0], other[0])
+        assert other[1] != runs[0][1]
+    for step in list(STEPS)[1:]:
+        together = [k for _, ranks in runs for k in ranks[step]]
+        assert len(together) == 8 and [together.count(k) for k in (1, 2, 4)] == [2, 2, 4]
 
 
 @sizes

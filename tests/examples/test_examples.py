@@ -77,6 +77,18 @@ def test_example(name, script, cache, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"out"}  # nothing is left elsewhere
 
 
+def test_elastic_serving_writes_one_adapter_and_its_cut(script, cache, tmp_path, capsys):
+    """The rank marked in the table is that of the second file, and the table has fewer bytes for smaller ranks."""
+    script("elastic_serving").main(options(cache, tmp_path, "--steps", "12", "--tolerance", "0.5"))
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)(.*)$", capsys.readouterr().out, re.M)
+    ranks, sizes = [int(row[0]) for row in rows], [float(row[3]) for row in rows]
+    assert ranks == [1, 2, 4, 8] and sizes == sorted(set(sizes))
+    (chosen,) = [row[0] for row in rows if row[4]]
+    assert {folder.name for folder in adapters(tmp_path)} == {"adapter", f"rank-{chosen}"}
+    (tensors,) = [load_file(f / "adapter_model.safetensors") for f in adapters(tmp_path) if f.name != "adapter"]
+    assert {x.shape[0] for key, x in tensors.items() if "lora_A" in key} == {int(chosen)}
+
+
 def test_the_control_is_another_optimizer(script, cache, tmp_path):
     """The same loop with AdamW: the same first loss, other losses after the first step with curvature."""
     plain = script("plain_loop")

@@ -20,8 +20,9 @@ from curvopt.lora import LoraPair
 from curvopt.optim.base import PairedOptimizer, Side
 from curvopt.optim.checking import check, is_whole
 
-NESTINGS = ("matryoshka", "dylora", "lora")
-SHARED = ("ranks", "scale", "nesting")  # what the groups that hold a pair's A and B must agree on
+NESTINGS = ("matryoshka", "dylora", "lora", "stratified")
+# what the groups that hold a pair's A and B must agree on
+SHARED = ("ranks", "scale", "nesting", "full_share", "warmup_steps", "reorder_every")
 
 
 @dataclass(eq=False)
@@ -48,9 +49,16 @@ class NestedRanks:
         return bool(self.group["nesting"] == "dylora")
 
     @property
+    def masked(self) -> bool:
+        """Whether samples are masked, and the module holds A itself."""
+        return bool(self.group["nesting"] == "stratified")
+
+    @property
     def P(self) -> tuple[float, ...]:
         """P of what the module holds now."""
         r, scale = self.pair.rank, self.group["scale"]
+        if self.masked:
+            return (self.scaling,) * r
         if self.sampled:
             return sampled_diagonal(self.drawn or self.ranks[-1], r, scale)
         return diagonal(self.ranks, r, scale)
@@ -67,6 +75,8 @@ class NestedRanks:
     def prefix(self, rank: int, full: bool) -> tuple[float, ...]:
         """Return the factors that take the rows of Ã (or, if ``full``, of A itself) to the adapter of one rank."""
         r, scale = self.pair.rank, self.group["scale"]
+        if self.masked:
+            return sampled_diagonal(rank, r)
         if full:
             return tuple(p / self.scaling for p in sampled_diagonal(rank, r, scale))
         P = sampled_diagonal(self.ranks[-1], r, scale) if self.sampled else self.P
@@ -82,8 +92,8 @@ class NestedRanks:
         check("ranks", self.ranks, not used.any(), allowed)
 
     def row_rates(self, name: str) -> tuple[float, ...] | None:
-        """Return the learning rate of each direction of a side, or None for all ones: B, and A kept in the state."""
-        return None if name == "B" or self.sampled else self.rates
+        """Return the learning rate of each direction of a side, or None for all ones: B, and A itself."""
+        return None if name == "B" or self.sampled or self.masked else self.rates
 
 
 def nests(sides: Sequence[Side], draw: float | None) -> dict[LoraPair, NestedRanks]:
@@ -102,6 +112,8 @@ def own_ranks(g: dict[str, Any], r: int) -> tuple[int, ...]:
     """Return the ranks that a pair of rank r is trained at; empty if none of the group's fits."""
     if g["nesting"] == "lora":
         return (r,)
+    if g["nesting"] == "stratified" and g["ranks"] is not None:
+        return (*(k for k in g["ranks"] if k < r), r)
     return powers_of_two(r) if g["ranks"] is None else tuple(k for k in g["ranks"] if k <= r)
 
 
@@ -114,6 +126,13 @@ def check_group(g: dict[str, Any]) -> None:
     whole = listed and all(is_whole(k) and k >= 1 for k in ranks)
     ascending = whole and all(a < b for a, b in itertools.pairwise(ranks))
     check("ranks", ranks, ranks is None or ascending, "None or ascending integers ≥ 1")
+    share = g["full_share"]
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    check("full_share", share, number and 0 < share <= 1, "a number in (0, 1]")
+    for name in ("warmup_steps", "reorder_every"):
+        check(name, g[name], is_whole(g[name]) and g[name] >= 0, "an integer ≥ 0")
+    plain = g["nesting"] != "stratified" or g["scale"] == "none"
+    check("scale", g["scale"], plain, "'none' for nesting='stratified': samples keep the scaling of the module")
 
 
 def check_pairs(sides: Sequence[Side]) -> None:
@@ -127,6 +146,8 @@ def check_pairs(sides: Sequence[Side]) -> None:
         fits = bool(own_ranks(g, pair.rank))
         check("ranks", g["ranks"], fits, f"such that one is at most {pair.rank}, the rank of {pair.name}")
         check(f"scaling of {pair.name}", pair.scaling, pair.scaling > 0, "above 0")
+        seen = g["nesting"] != "stratified" or pair.signal is not None
+        check(f"nesting of {pair.name}", g["nesting"], seen, f"another than 'stratified' ({pair.note})")
     for g in {id(side.group): side.group for side in sides}.values():
         most = max(side.pair.rank for side in sides if side.group is g)
         fits = g["ranks"] is None or g["ranks"][-1] <= most

@@ -13,11 +13,15 @@ from curvopt.distributed import is_sharded
 from curvopt.functional.nested import RowSlab
 from curvopt.lora import LoraPair
 from curvopt.optim.base import Side
-from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer
+from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer, cadence_of
 from curvopt.optim.checking import check
 from curvopt.optim.matryoshka import nested_ranks as nests
 from curvopt.optim.matryoshka import truncation
+from curvopt.optim.matryoshka.masks import SampleMasks
 from curvopt.optim.matryoshka.nested_ranks import scaled_rows
+from curvopt.optim.matryoshka.reorder import reorder
+
+DRAWING = ("dylora", "stratified")
 
 
 class MatryoshkaScaledAdam(BucketedOptimizer):
@@ -29,11 +33,23 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         before a pair's first step, while B = 0:    A ← Q A     (∂L/∂B follows; ΔW stays 0)
         every step:    Ã_i ← Ã_i (1 − lr·wd) − Q_i lr m̂_i / (√v̂_i + ε / Q_i),   B as AdamW
         dylora:        A is kept in the state and gets AdamW; the module holds P_ρ A for one drawn ρ
+        stratified:    AdamW on (A, B); in training sample i computes s B[:, :ρ_i] A[:ρ_i], and every few steps
+                       A ← T A, B ← B T⁻¹ into the basis of the singular vectors of B A (ours)
 
     The forward pass is untouched and the module always computes the trained adapter. An adapter that comes with B ≠ 0
     is taken as B Ã, so that its ΔW is what it was and a saved one goes on, with its optimizer state or without.
     Clipping by the global norm before the step is the one thing that a module which computes B P A itself would see
     otherwise: its ∂L/∂A is Q times ours.
+
+    ``"stratified"`` (our derivation) trains the prefixes of an ordinary adapter. A forward hook on the module of A
+    zeroes the directions of u = A x above the rank of each sample, in training mode alone, as dropout does: evaluation
+    and inference are untouched, `remove_hooks` takes it off. The first dimension of u is the batch: all positions of
+    one sequence share a rank, and in all layers; of a 2-d u (packed tokens, an expert's tokens) each row is a sample, a
+    1-d u is one sample. Ranks are stratified over the samples of a batch, over micro-batches and over the processes of
+    the default group. ΔW and what Adam believes about it are carried through each reordering (second moments by the
+    squares of T, as `functional.basis` has it), in bfloat16 with a rounding of the parameters. Pairs with a frozen side
+    are masked but not reordered. Before a second optimizer is made for a model that goes on training, call
+    `remove_hooks` on the first.
 
     Args:
         params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`.
@@ -45,9 +61,14 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             Directions above a pair's largest must be zero in its ΔW; they stay so.
         scale: s(ρ): ``"none"`` 1, ``"rank"`` 1/ρ, ``"sqrt"`` 1/√ρ.
         nesting: ``"matryoshka"``; ``"dylora"``: one ρ a step, drawn anew after each, skipped ones included
-            (arXiv 2210.07558); ``"lora"``: r alone, P = s(r) I, whatever ``ranks`` says.
-        generator: draws DyLoRA's ρ, on the CPU; its state travels in ``state_dict``. None: one seeded with 0. All
-            processes must draw alike.
+            (arXiv 2210.07558); ``"lora"``: r alone, P = s(r) I, whatever ``ranks`` says; ``"stratified"``: each sample
+            at a rank of its own. r is then always one of the ranks, and ``scale`` must be ``"none"``.
+        full_share: stratified: share of the samples at rank r, in (0, 1]; the others are spread evenly over the smaller
+            ranks. Lower favours small ranks: measured in docs/nested.md.
+        warmup_steps: stratified: steps before the first masks.
+        reorder_every: stratified: steps from one reordering to the next; 0 for none.
+        generator: draws DyLoRA's ρ and the masks, on the CPU; its state travels in ``state_dict``. None: one seeded
+            with 0. All processes must draw alike; their masks differ all the same.
         adapter: only this adapter's pairs; None for all.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``; see `curvopt.ops`.
         require_pairs: raise when no pair is found; otherwise everything gets AdamW.
@@ -76,6 +97,9 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         ranks: Sequence[int] | None = None,
         scale: str = "none",
         nesting: str = "matryoshka",
+        full_share: float = 0.75,
+        warmup_steps: int = 10,
+        reorder_every: int = 10,
         generator: torch.Generator | None = None,
         adapter: str | None = None,
         backend: str = "auto",
@@ -89,7 +113,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         self._whole: dict[LoraPair, Tensor] = {}  # what truncated() took away; empty outside
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "ranks": ranks, "scale": scale, "nesting": nesting,
+            "ranks": ranks, "scale": scale, "nesting": nesting, "full_share": full_share, "warmup_steps": warmup_steps,
+            "reorder_every": reorder_every,
         }  # fmt: skip
         super().__init__(params, defaults, model=model, adapter=adapter, backend=backend, require_pairs=require_pairs)
 
@@ -111,7 +136,13 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for bucket in buckets:
             bucket.step(found_inf[bucket.device])  # row by row: lr Q_i, ε / Q_i
         self._update_others(others, found_inf)
+        due = [bucket for bucket in buckets if _reorders(bucket)]
+        if due:
+            reorder(due, found_inf)  # A ← T A, B ← B T⁻¹
+        self._masks.warn_of_silence(side.pair for bucket in buckets for side in bucket.sides)
         self._draw()  # DyLoRA: Ã ← P_ρ A / s for the next ρ
+        self._masks.attach()
+        self._masks.arm(self._drawn, max((bucket.steps for bucket in self._buckets), default=0))
         return loss
 
     def _make_plan(self, bucket: Bucket, name: str) -> tuple[Any, list[RowSlab]]:
@@ -170,8 +201,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         self._entered.update(new)
 
     def _draw(self) -> None:
-        """Draw the next ρ, if any group samples, and give the modules that rank of A."""
-        if not any(g["nesting"] == "dylora" for g in self.param_groups):
+        """Draw a number for the next step, if any group samples, and give DyLoRA's modules the rank of A it picks."""
+        if not any(g["nesting"] in DRAWING for g in self.param_groups):
             return
         self._drawn = torch.rand((), generator=self._generator, dtype=torch.float64).item()
         for bucket in self._buckets:
@@ -233,16 +264,27 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         """Return plain numbers: skipped updates, ops that fell back, and by pair its ranks, P and scaling."""
         return nests.diagnose(self, self._nests)
 
+    @property
+    def watching(self) -> bool:
+        """Whether hooks of this optimizer are on the model."""
+        return self._masks.attached
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks of stratified nesting from the model, for good; training goes on without masks."""
+        self._masks.remove()
+
     def release(self) -> None:
         """Do nothing; optimizers of this class no longer claim their adapters."""
 
     # ------------------------------------------------------------------ plumbing
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; the state of every sampled A has DyLoRA's generator and last draw."""
-        kept = self._generator.get_state(), torch.tensor(torch.nan if self._drawn is None else self._drawn).double()
-        for side in self._sides:
-            if side.param in self.state and "full" in self._wide_state(side):
+        """Return torch's state dict; the state of every sampled pair's first side has the generator and last draw."""
+        draw = torch.nan if self._drawn is None else self._drawn
+        kept = self._generator.get_state(), torch.tensor(draw, dtype=torch.float64)
+        first = {side.pair: side for side in reversed(self._sides) if side.group["nesting"] in DRAWING}
+        for side in first.values():
+            if side.param in self.state:
                 self.state[side.param].update(generator=kept[0], draw=kept[1])
         return super().state_dict()
 
@@ -289,7 +331,18 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for side in self._sides:
             side.kind = self._nests[side.pair].row_rates(side.name)
         super()._note_params()
+        before: SampleMasks | None = self.__dict__.get("_masks")
+        enabled = before is None or before.enabled
+        if before is not None:
+            before.remove()
+        self._masks = SampleMasks([nest for nest in self._nests.values() if nest.masked], enabled)
+        self._masks.attach()
+        self._masks.arm(self._drawn, int(max((cadence_of(s)[0] for s in self.state.values()), default=0)))
         self._entered: weakref.WeakSet[Bucket] = weakref.WeakSet()
+
+    def _release(self) -> None:
+        if "_masks" in self.__dict__:
+            self._masks.remove()
 
     def _kind(self, side: Side) -> Any:
         return self._wide_state(side)
@@ -297,3 +350,9 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
     def _wide_state(self, side: Side) -> Sequence[str]:
         sampled = side.name == "A" and side.group["nesting"] == "dylora"
         return (*MOMENTS, "full") if sampled else MOMENTS
+
+
+def _reorders(bucket: Bucket) -> bool:
+    """Whether this step ends with a reordering of a bucket's pairs."""
+    every = bucket.group["reorder_every"]
+    return bucket.group["nesting"] == "stratified" and every > 0 and bucket.steps % every == 0
