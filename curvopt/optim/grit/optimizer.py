@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvopt.functional.update import RULES, Slab
-from curvopt.lora import resize_pair
+from curvopt.lora import LoraPair, resize_pair
 from curvopt.lora.resize import check_resize
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
@@ -152,11 +152,14 @@ class GritKFAC(BucketedOptimizer):
         for bucket in due(buckets, "inverse_every"):
             self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
         reprojected = due(buckets, "reproject_every")
+        if reprojected:  # gradients are those of the weights before the step
+            self._curvature.entangled = reproject.entangled(reprojected)
         for bucket in buckets:
             bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
         self._update_others(others, found_inf)
         if reprojected:
-            reproject.change_basis(reprojected, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
+            held = self._curvature.entangled
+            reproject.change_basis(reprojected, found_inf, self._curvature, held)  # A ← T A, B ← B T⁻¹, mask
         self._curvature.arm(self._buckets, self._sides)
         return loss
 
@@ -229,7 +232,7 @@ class GritKFAC(BucketedOptimizer):
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what the optimizer knows of itself; reads the device. Keys are described in `diagnostics.diagnose`."""
-        return diagnostics.diagnose(self)
+        return diagnostics.diagnose(self, self.entangled)
 
     def mask_rows(self, mask: Tensor | None) -> None:
         """Say which rows of the coming forward passes are real, so that padding enters neither the sums nor N.
@@ -242,6 +245,13 @@ class GritKFAC(BucketedOptimizer):
                 row and 0 for padding; weights between are allowed. None for all rows.
         """
         self._curvature.capture.mask = None if mask is None else mask.reshape(-1).float()
+
+    def entangled(self, pair: LoraPair) -> str:
+        """Return why a pair keeps its basis and its rank; empty if it does not. Reads the device."""
+        found = self._curvature.entangled.get(pair)
+        if pair.shared or found is None or not found:
+            return pair.shared
+        return "at the last reprojection the loss did not depend on A and B through B A alone: basis and rank are kept"
 
     @property
     def watching(self) -> bool:

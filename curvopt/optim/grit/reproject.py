@@ -1,6 +1,6 @@
 """Changing the basis of pairs: the balanced gauge with its masks, and GRIT's published projections."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,26 +15,61 @@ from curvopt.optim.grit.curvature import Curvature, note_known, rule_of
 # rows of u and d before the published code lets d have a basis of its own
 MIN_SAMPLES = 64
 
+# above it a loss depends on more than B A: far above the rounding of bfloat16 gradients, below what mixers do
+ASYMMETRY = 0.1
+
 Place = tuple[Bucket, int]
+# by pair a 0-d boolean, whether its basis means something; pairs that are known to be plain are not in it
+Entangled = dict[LoraPair, Tensor]
 
 
-def change_basis(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
-    """Change the basis, and with it the rank, as each group asks."""
+def entangled(buckets: Sequence[Bucket]) -> Entangled:
+    """Return which pairs the loss sees otherwise than through B A, by the gradients of this step, before it is taken.
+
+    Only pairs of layers that are not known to be plain are looked at.
+    """
+    products: dict[LoraPair, dict[str, Tensor]] = {}
+    for bucket in buckets:
+        for block in bucket.blocks:
+            asked = [i for i, s in enumerate(block.sides) if not s.pair.plain]
+            if not asked:
+                continue
+            W, G = (torch.stack(X).to(bucket.compute_dtype) for X in (list(block.weights()), bucket.grads[block.rows]))
+            P = W.new_zeros(len(asked), bucket.r, bucket.r)
+            torch.matmul(*((G[asked], W[asked].mT) if block.rank_dim == 1 else (W[asked].mT, G[asked])), out=P)
+            if block.shards is not None:
+                block.shards.sum_(P)
+            for i, own in zip(asked, P, strict=True):
+                products.setdefault(block.sides[i].pair, {})[block.sides[i].name] = own
+    return {
+        pair: ~(basis.asymmetry(P["A"][None], P["B"][None])[0] <= ASYMMETRY)
+        for pair, P in products.items()
+        if len(P) == 2
+    }
+
+
+def change_basis(
+    buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature, held: Entangled
+) -> None:
+    """Change the basis, and with it the rank, as each group asks; not that of the pairs that ``held`` says."""
     gauged = [b for b in buckets if b.group["reprojection"] == "balanced"]
     projected = [b for b in buckets if b.group["reprojection"] in ("paper", "paper-one-sided")]
     if gauged:
-        balanced(gauged, found_inf, curvature)
+        balanced(gauged, found_inf, curvature, held)
     if projected:
-        published(projected, found_inf)
+        published(projected, found_inf, held)
     for bucket in buckets:
         bucket.did("reproject_every", found_inf[bucket.device])
 
 
-def balanced(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
+def balanced(
+    buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature, held: Entangled
+) -> None:
     """Bring every pair with gradients into the balanced gauge and, with a threshold, zero its cheapest directions.
 
     Parameters, both moments, factors and matrices change together, so that without truncation ΔW and what the
-    optimizer believes about it are unchanged. Pairs with a frozen or idle side keep their basis.
+    optimizer believes about it are unchanged. Pairs with a frozen or idle side keep their basis, and those that share
+    a matrix with another layer.
     """
     maps: dict[Side, tuple[Tensor, Tensor]] = {}
     lifted: dict[Side, Tensor] = {}
@@ -44,9 +79,9 @@ def balanced(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], c
         S_u, S_d = _factors(pairs)
         k = _rows("rank", a)
         gauge = basis.balanced(S_u, S_d, k=k, keep_scale=False)
-        fine = found_inf[bucket.device] == 0
+        fine = (found_inf[bucket.device] == 0) & _free(pairs, held, bucket.device)
         eye = torch.eye(bucket.r, dtype=gauge.T.dtype, device=bucket.device)
-        T, T_inv = torch.where(fine, gauge.T, eye), torch.where(fine, gauge.T_inv, eye)
+        T, T_inv = (torch.where(fine[:, None, None], M, eye) for M in (gauge.T, gauge.T_inv))
         k_new, pending = k, _rows("pending", a)
         tau = bucket.group["rank_threshold"]
         if tau is not None:
@@ -122,7 +157,7 @@ def _seeded(block: Block, X: Tensor, k: Tensor, lifted: dict[Side, Tensor], step
     return rows if block.rank_dim == 1 else rows.mT
 
 
-def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) -> None:
+def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], held: Entangled) -> None:
     """A ← P_a A and B ← B P_g as GRIT publishes it: moments and factors stay, tensors and masks too.
 
     The number of directions kept is noted in the state as ``kept``.
@@ -138,7 +173,8 @@ def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) 
         if g["rank_threshold"] is not None:
             k = ranks.energy_rank(energy, g["rank_threshold"], g["min_rank"])
         P_a, P_g = basis.projectors(S_u, S_d, k, two_sided=g["reprojection"] == "paper")
-        keep = (found_inf[S_u.device] == 0) & normalised(S_u)[1][:, None, None]
+        free = (found_inf[S_u.device] == 0) & _free(pairs, held, S_u.device)
+        keep = (free & normalised(S_u)[1])[:, None, None]
         eye = torch.eye(r, dtype=S_u.dtype, device=S_u.device)
         P_a, P_g = torch.where(keep, P_a, eye), torch.where(keep, P_g, eye)
         for i, places in enumerate(pairs.values()):
@@ -153,18 +189,24 @@ def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) 
 
 
 def _alike(buckets: Sequence[Bucket]) -> list[dict[LoraPair, tuple[Place, Place]]]:
-    """Group the pairs that have both sides in ``buckets`` by rank, device, dtype and settings."""
+    """Group the pairs with both sides, theirs alone, in ``buckets`` by rank, device, dtype and settings."""
     places: dict[LoraPair, dict[str, Place]] = {}
     for bucket in buckets:
         for i, side in enumerate(bucket.sides):
             places.setdefault(side.pair, {})[side.name] = (bucket, i)
     alike: dict[tuple[object, ...], dict[LoraPair, tuple[Place, Place]]] = {}
     for pair, found in places.items():
-        if len(found) == 2:
+        if len(found) == 2 and not pair.shared:
             bucket = found["A"][0]
             key = (bucket.r, bucket.device, bucket.compute_dtype, id(bucket.group))
             alike.setdefault(key, {})[pair] = (found["A"], found["B"])
     return list(alike.values())
+
+
+def _free(pairs: Iterable[LoraPair], held: Entangled, device: torch.device) -> Tensor:
+    """Return ``[P]`` booleans, which pairs' outputs do not depend on their basis."""
+    no = torch.zeros((), dtype=torch.bool, device=device)
+    return ~torch.stack([held.get(pair, no) for pair in pairs])
 
 
 def _rows(key: str, places: Sequence[Place]) -> Tensor:
