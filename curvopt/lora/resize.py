@@ -23,6 +23,7 @@ from curvopt.lora.pairs import find_lora_pairs
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that also change the base weight
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained
 def resize_pair(
     pair: LoraPair, rank: int, *, keep_scaling: bool = True, generator: torch.Generator | None = None
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.distributed import is_sharded
 from curvopt.functional.basis import balanced
 from curvopt.functional.inverse import broken, empty, normalised
 from curvopt.functional.ranks import entropy_rank
@@ -18,11 +19,19 @@ from curvopt.optim.grit.curvature import source_of
 
 
 def live_rank(optimizer: PairedOptimizer, pair: LoraPair) -> int:
-    """Return the live rank of a pair: that of its tensors until a mask is set."""
+    """Return the live rank of a pair: that of its tensors until a mask is set, or where they do not bear it out.
+
+    Weights may have been put back from outside (a best model, a rollback, an average) since the mask was set.
+    """
+    k = pair.rank
     for p in (pair.A, pair.B):
         if "rank" in optimizer.state.get(p, {}):
-            return min(int(optimizer.state[p]["rank"]), pair.rank)
-    return pair.rank
+            k = min(int(optimizer.state[p]["rank"]), k)
+            break
+    if k == pair.rank or is_sharded(pair.A) or is_sharded(pair.B):
+        return k
+    rest = [p.detach().narrow(dim, k, pair.rank - k) for p, dim in ((pair.A, pair.dim_A), (pair.B, pair.dim_B))]
+    return pair.rank if all(bool(X.any()) for X in rest) else k
 
 
 def diagnose(optimizer: BucketedOptimizer, entangled: Callable[[LoraPair], str]) -> dict[str, Any]:

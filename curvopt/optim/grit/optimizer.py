@@ -205,10 +205,13 @@ class GritKFAC(BucketedOptimizer):
         """Return the live rank of every pair by name: the rank of its tensors less the directions masked so far."""
         return {pair.name: diagnostics.live_rank(self, pair) for pair in self._pairs}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def compact(self) -> dict[str, int]:
         """Slice every pair and its state to its live rank for good, and return the ranks by name.
 
-        ΔW is unchanged: what is cut is exactly zero. Parameters keep their identity, with new ``.data`` and no
+        ΔW is unchanged: what is cut is exactly zero, and nothing is cut of a pair whose weights were put back from
+        outside with more directions than its mask has. Parameters keep their identity, with new ``.data`` and no
         ``.grad``; wrappers that hold views of them (DDP, FSDP) must be built anew. PEFT's r, scaling, rank_pattern
         and alpha_pattern are kept true, so the model saves and loads as usual.
 

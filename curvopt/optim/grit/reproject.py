@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from curvopt.distributed import local
 from curvopt.functional import basis, live_rows, ranks
 from curvopt.functional.inverse import eigenbasis, normalised
 from curvopt.lora import LoraPair
@@ -77,25 +78,28 @@ def balanced(
         a = [places[0] for places in pairs.values()]
         bucket = a[0][0]
         S_u, S_d = _factors(pairs)
-        k = _rows("rank", a)
+        k, pending = _rows("rank", a), _rows("pending", a)
+        tau = bucket.group["rank_threshold"]
+        if tau is not None:  # a mask that the weights do not bear out is none
+            stale = _beyond(pairs, k)
+            k, pending = torch.where(stale, bucket.r, k), torch.where(stale, 0, pending)
         gauge = basis.balanced(S_u, S_d, k=k, keep_scale=False)
         fine = (found_inf[bucket.device] == 0) & _free(pairs, held, bucket.device)
         eye = torch.eye(bucket.r, dtype=gauge.T.dtype, device=bucket.device)
         T, T_inv = (torch.where(fine[:, None, None], M, eye) for M in (gauge.T, gauge.T_inv))
-        k_new, pending = k, _rows("pending", a)
-        tau = bucket.group["rank_threshold"]
+        k_new, agreed = k, pending
         if tau is not None:
             energy = gauge.sigma.square()
             asked = ranks.energy_rank(energy, tau, bucket.group["min_rank"], k)
-            k_new, pending = ranks.hysteresis(k, asked, pending, ranks.heavy_tail(energy, tau, k), bucket.r)
-            k_new, pending = torch.where(fine, k_new, k), torch.where(fine, pending, _rows("pending", a))
+            k_new, agreed = ranks.hysteresis(k, asked, pending, ranks.heavy_tail(energy, tau, k), bucket.r)
+            k_new, agreed = torch.where(fine, k_new, k), torch.where(fine, agreed, pending)
         for i, ((b_a, i_a), (b_b, i_b)) in enumerate(pairs.values()):
             maps[b_a.sides[i_a]] = (T[i], T_inv[i].mT)
             maps[b_b.sides[i_b]] = (T_inv[i].mT, T[i])
             lifted[b_a.sides[i_a]] = k_new[i] > k[i]
             for b, j in ((b_a, i_a), (b_b, i_b)):
                 b.state["rank"][j].copy_(k_new[i])
-                b.state["pending"][j].copy_(pending[i])
+                b.state["pending"][j].copy_(agreed[i])
     for bucket in buckets:
         _transform(bucket, maps, lifted, found_inf[bucket.device], curvature)
 
@@ -207,6 +211,22 @@ def _free(pairs: Iterable[LoraPair], held: Entangled, device: torch.device) -> T
     """Return ``[P]`` booleans, which pairs' outputs do not depend on their basis."""
     no = torch.zeros((), dtype=torch.bool, device=device)
     return ~torch.stack([held.get(pair, no) for pair in pairs])
+
+
+def _beyond(pairs: dict[LoraPair, tuple[Place, Place]], k: Tensor) -> Tensor:
+    """Return ``[P]`` booleans, which pairs use directions ≥ k in both matrices, which then are not what was masked."""
+    used = []
+    for places in zip(*pairs.values(), strict=True):
+        nonzero = []
+        for bucket, i in places:
+            side = bucket.sides[i]
+            X = local(side.param).detach()
+            dim = side.rank_dim - 1
+            # an own piece along the rank says nothing of the whole: sharded masks are believed
+            nonzero.append(torch.zeros(bucket.r, dtype=torch.bool, device=X.device) if side.shards is not None
+                           else (X != 0).movedim(dim, 0).flatten(1).any(1))  # fmt: skip
+        used.append(torch.stack(nonzero))
+    return (used[0] & used[1] & ~live_rows(k, used[0].shape[1])).any(1)
 
 
 def _rows(key: str, places: Sequence[Place]) -> Tensor:
