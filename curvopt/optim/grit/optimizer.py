@@ -38,7 +38,8 @@ class GritKFAC(BucketedOptimizer):
         weight_decay: decoupled decay (AdamW).
         statistics: ``"activation"`` (K-FAC, by one hook per pair), ``"gradient"`` (Shampoo on the rank side, no hook),
             ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347), or ``"none"``: neither
-            factors nor hooks; only ``"polar"`` takes it, and equalises the singular values of Adam's step.
+            factors nor hooks; only ``"polar"`` takes it, and equalises the singular values of Adam's step. Under
+            DP-SGD activations bypass the noise: use ``"gradient"`` or ``"weight"`` there.
         sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
