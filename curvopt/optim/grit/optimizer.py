@@ -76,6 +76,7 @@ class GritKFAC(BucketedOptimizer):
 
     # what a copy or a pickle starts with: process groups cannot travel
     _process_group: dist.ProcessGroup | None = None
+    _join_config: Any = None  # by torch's protocol of joinable objects; None outside of Join
     _small = frozenset(
         {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
         | {rule.key for rule in RULES.values() if rule.key is not None}
@@ -144,11 +145,13 @@ class GritKFAC(BucketedOptimizer):
         """Take one step; returns what ``closure`` returned, if given."""
         self._check_capture()
         loss = self._evaluate(closure)
+        self._joining(None)
         buckets, others = self._read()
         for bucket in buckets:
             bucket.tick()
             bucket.begin(self._planned(bucket), self._make_plan)
         found_inf = self._found_inf(buckets, others)
+        self._joining(found_inf)
         self._curvature.observe(due(buckets, "factor_every"), found_inf)  # S ← S + w (zᵀz/N − S)
         for bucket in due(buckets, "inverse_every"):
             self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
@@ -270,6 +273,47 @@ class GritKFAC(BucketedOptimizer):
         """Reset gradients as torch does, and forget what backward passes since the last step have shown."""
         self._curvature.capture.discard()
         super().zero_grad(set_to_none)
+
+    # ------------------------------------------------------------------ uneven numbers of batches
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """Return what ``torch.distributed.algorithms.join.Join([model, optimizer])`` runs where batches have run out.
+
+        ``model.join()`` of DistributedDataParallel knows nothing of the sums that a step with activation statistics
+        makes over processes; ``Join`` with both does. In the end every process has the weights and the state of one
+        that had most batches.
+
+        Raises:
+            ValueError: parameters are sharded.
+        """
+        from curvopt.optim.grit.join import StepsOfOthers
+
+        if self._shared_by:
+            raise ValueError("Join needs whole parameters, got sharded ones: give every process as many batches")
+        return StepsOfOthers(self, self._process_group)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device of the first parameter."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that statistics are summed over."""
+        return dist.group.WORLD if self._process_group is None else self._process_group
+
+    def _joining(self, found_inf: dict[torch.device, Tensor] | None) -> None:
+        """Inside of ``Join``, which sets ``_join_config``: announce a step, and agree on whether it changes anything."""
+        if self._join_config is None:
+            return
+        if found_inf is None:
+            from torch.distributed.algorithms.join import Join
+
+            Join.notify_join_context(self)
+            return
+        for flag in found_inf.values():
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._process_group)
 
     # ------------------------------------------------------------------ plumbing
 
