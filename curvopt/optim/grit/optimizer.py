@@ -304,7 +304,7 @@ class GritKFAC(BucketedOptimizer):
         return dist.group.WORLD if self._process_group is None else self._process_group
 
     def _joining(self, found_inf: dict[torch.device, Tensor] | None) -> None:
-        """Inside of ``Join``, which sets ``_join_config``: announce a step, and agree on whether it changes anything."""
+        """Inside of ``Join``, which sets ``_join_config``: announce a step, and agree on whether it counts."""
         if self._join_config is None:
             return
         if found_inf is None:
