@@ -16,7 +16,7 @@ from curvopt.analysis.spectra import spectrum
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, find_skipped
 from curvopt.optim import GritKFAC, PairedOptimizer
 from curvopt.optim.checking import check, is_number
-from curvopt.optim.grit.diagnostics import diagnose, live_rank
+from curvopt.optim.grit.diagnostics import live_rank
 
 
 def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None) -> Report:
@@ -44,7 +44,7 @@ def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm:
     optimizer = unwrapped(optimizer)
     ours = isinstance(optimizer, PairedOptimizer)
     pairs = optimizer.pairs if isinstance(optimizer, PairedOptimizer) else find_lora_pairs(model)
-    known = diagnose(optimizer) if isinstance(optimizer, GritKFAC) else _outside(optimizer, pairs)
+    known = optimizer.diagnostics() if isinstance(optimizer, GritKFAC) else _outside(optimizer, pairs)
     found = [
         *_pairing(model, optimizer, pairs),
         *_parameters(model, optimizer),
@@ -101,7 +101,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _outside(optimizer: torch.optim.Optimizer, pairs: list[LoraPair]) -> dict[str, Any]:
-    """Return of any optimizer what `diagnose` returns of GritKFAC, as far as its state shows it."""
+    """Return of any optimizer what `GritKFAC.diagnostics` returns, as far as its state shows it."""
     steps = [int(s["cadence"][0] if "cadence" in s else s["step"]) for s in optimizer.state.values() if "step" in s]
     clocks = [int(g["clock"]) for g in optimizer.param_groups if "clock" in g]
     skipped = [int(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]

@@ -8,6 +8,7 @@ L is the pre-training loss after fine-tuning on D tokens, L⁰ before it, N the 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,8 +208,11 @@ def fit_forgetting_law(
         generator: a seed or a ``numpy.random.Generator``.
 
     Raises:
+        ModuleNotFoundError: SciPy is not installed.
         ValueError: too few observations, or ones from which the parameters cannot be told apart; says what is missing.
     """
+    if importlib.util.find_spec("scipy") is None:
+        raise ModuleNotFoundError("fit_forgetting_law needs SciPy: install curvopt-lora[analysis]", name="scipy")
     import numpy as np
 
     whole = isinstance(resamples, int) and not isinstance(resamples, bool)

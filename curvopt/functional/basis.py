@@ -117,6 +117,25 @@ def projectors(S_u: Tensor, S_d: Tensor, k: Tensor, two_sided: bool) -> tuple[Te
     return P_a, (V_g * keep[:, None, :]) @ V_g.mT
 
 
+def asymmetry(P_A: Tensor, P_B: Tensor) -> Tensor:
+    """Return how far a loss is from depending on A and B through B A alone, by its gradients; 0 if it does.
+
+    With G = ∂L/∂(B A), ∇A = Bᵀ G and ∇B = G Aᵀ, so that ∇A Aᵀ = Bᵀ ∇B: to first order, no change of basis changes the
+    loss. One A for two layers, a mixer, a gate or a nonlinearity between A and B break the equality (our derivation).
+
+    Args:
+        P_A: ``[L, r, r]``, ∇A Aᵀ.
+        P_B: ``[L, r, r]``, Bᵀ ∇B.
+
+    Returns:
+        ``[L]``, ‖∇A Aᵀ − Bᵀ ∇B‖_F over the larger of the two norms: of the order of the gradients' rounding, or of one;
+        infinity where nothing is known, since both are zero or one is not finite.
+    """
+    larger = torch.maximum(torch.linalg.matrix_norm(P_A), torch.linalg.matrix_norm(P_B))
+    known = (larger > 0) & larger.isfinite()
+    return torch.where(known, torch.linalg.matrix_norm(P_A - P_B) / torch.where(known, larger, 1.0), torch.inf)
+
+
 def congruence(M: Tensor, S: Tensor) -> Tensor:
     """Return M S Mᵀ, symmetric, computed in the wider dtype and given in that of ``S``."""
     M = M.to(torch.promote_types(M.dtype, S.dtype))

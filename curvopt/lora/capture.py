@@ -31,6 +31,8 @@ from curvopt.functional import compute_dtype
 from curvopt.lora.pair import LoraPair
 from curvopt.ops import Ops
 
+# two passes are one if Σ u agrees to this, relatively: above the rounding of a recomputation in bfloat16
+SAME = 1e-2
 # bytes of u and d that may wait for their products on a device
 WAITING = 2**26
 
@@ -109,6 +111,8 @@ class _Record:
         version: Of the gradient when it arrived last.
         generation: Counts dropped gradients: products that wait for an older one are void.
         at_once: Whether d counts when it comes, since no hook tells of its gradient.
+        passed: For each forward pass without a graph since the last `discard`, its mask and Σ u over its rows, (r,).
+            Under reentrant checkpointing such a pass is computed anew in the backward, when another mask may be set.
         late: With A frozen: whether d comes after the gradient of B has arrived; None: not known yet.
     """
 
@@ -118,6 +122,7 @@ class _Record:
     version: int = -1
     generation: int = 0
     at_once: bool = False
+    passed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     late: bool | None = None
 
 
@@ -139,7 +144,8 @@ class Capture:
         pairs: The pairs, in the given order.
         active: While False the hooks return at once. Read in the forward.
         mask: Which rows of the coming forward passes are real, (n,) float, or None for all. Layers with another
-            number of rows count all of theirs. Read in the forward; gone after `pop` and `discard`.
+            number of rows count all of theirs. Read in the forward, of a checkpointed block in its first; gone after
+            `pop` and `discard`.
         fired: Counted calls of each pair since construction, {pair: int}.
         stores: The sums, one entry per rank, dtype and device; `flush` first.
     """
@@ -278,7 +284,30 @@ class Capture:
         for record in self._touched:
             record.calls = 0
             record.waiting.clear()
+            record.passed.clear()
         self._touched.clear()
+
+    def passed(self, record: _Record, u: Tensor) -> None:
+        """Note the mask of a forward pass that leaves no graph, with what tells u ``(n, r)`` when it is seen again."""
+        if self.mask is not None and self.mask.numel() == u.shape[0]:
+            record.passed.append((self.mask, u.sum(0)))
+            self._touched.add(record)
+
+    def mask_of(self, record: _Record, u: Tensor) -> Tensor | None:
+        """Return the mask of u ``(n, r)``: the present one, or that of the pass of which u is the recomputation.
+
+        Reads the device where passes with several masks wait for their backward.
+        """
+        mask = self.mask
+        known = [(m, total) for m, total in record.passed if m.numel() == u.shape[0]]
+        if any(m is not mask for m, _ in known):
+            total = u.sum(0)
+            apart = torch.stack([(total - other).abs().amax() for _, other in known])
+            # a first pass is repeated to rounding; among equals the last is the first to have its backward
+            near = int(apart.flip(0).argmin())
+            if apart[-1 - near] <= SAME * total.abs().amax():
+                mask = known[-1 - near][0]
+        return mask if mask is None or mask.numel() == u.shape[0] else None
 
     def prepare(self, pairs: Iterable[LoraPair]) -> None:
         """Make the sums of pairs that were not seen here: every process must have the same to add up."""
@@ -476,18 +505,20 @@ class _Hook(_Watch):
         capture, record = self._alive()
         if capture is None or record is None or not capture.active or not isinstance(output, Tensor):
             return None
-        if not torch.is_grad_enabled() or not (module.weight.requires_grad or record.pair.b_trainable):
+        if not (module.weight.requires_grad or record.pair.b_trainable):
+            return None
+        channel = _channel(module, output)
+        if not torch.is_grad_enabled():
+            if capture.mask is not None and module.training:
+                capture.passed(record, _rows(output.detach(), channel))
             return None
         watched = output
         if not output.requires_grad:
             # A frozen A on an input without gradient: the backward would not come by otherwise.
             watched = output.detach().requires_grad_()
-        channel = _channel(module, output)
-        mask = capture.mask
-        if mask is not None and mask.numel() * output.shape[channel] != output.numel():
-            mask = None
         # the backward of B needs u too, so that holding it costs nothing (but r numbers a row under checkpointing)
-        call = _Call(_rows(output.detach(), channel), mask)
+        u = _rows(output.detach(), channel)
+        call = _Call(u, capture.mask_of(record, u) if record.passed or capture.mask is not None else None)
         watched.register_hook(_brought(weakref.ref(capture), weakref.ref(record), call, channel))
         return None if watched is output else watched
 

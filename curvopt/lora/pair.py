@@ -8,6 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 DICTS = (nn.ModuleDict, nn.ParameterDict)
+RANK_FREE = ("Dora", "DoRA", "MiCA", "ALora")  # PEFT's variants that treat all directions of the rank alike
+_LIBRARIES = ("peft.tuners.lora.", "torchtune.modules.peft.", "loralib.")  # whose layers compute W x + s B A x
+_PEFT_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+_FORWARDS = {m.forward for m in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)}
 
 
 @dataclass(eq=False, frozen=True, repr=False)
@@ -29,6 +33,7 @@ class LoraPair:
         fixed: (A, B) of a pair without a module.
         base_path: Path of the layer inside the PEFT base model, without the names that wrappers add.
         configs: PEFT's {adapter: config}, shared with the model; None outside PEFT.
+        shared: Where else in the model A or B is used; empty if nowhere. Such a pair has no basis of its own.
     """
 
     name: str
@@ -42,6 +47,7 @@ class LoraPair:
     fixed: tuple[Tensor, ...] = ()
     base_path: str = ""
     configs: dict[Any, Any] | None = None
+    shared: str = ""
 
     def __repr__(self) -> str:
         return f"LoraPair({self.name!r}, {self.kind}, A={tuple(self.A.shape)}, B={tuple(self.B.shape)})"
@@ -114,6 +120,21 @@ class LoraPair:
         if owner is self.module or isinstance(owner, DICTS):
             return "A is a raw parameter"
         return f"{self.variant} forward is not the plain one" if self.variant else ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer is known to compute s B A x, so that A → T A, B → B T⁻¹ changes nothing for any T.
+
+        Known are the layers of libraries, with torch's own modules for A and B. A layer that is not known may still
+        be plain; `curvopt.functional.basis.asymmetry` tells by its gradients.
+        """
+        if self.module is None or not type(self.module).__module__.startswith(_LIBRARIES):
+            return False
+        if self.is_peft and not set(getattr(self.module, "adapter_layer_names", ())) <= _PEFT_PARTS:
+            return False
+        owners = [m for m in map(self.owner, "AB") if m is not self.module and not isinstance(m, DICTS)]
+        alike = not self.variant or self.variant.startswith(RANK_FREE)
+        return alike and all(type(m).forward in _FORWARDS for m in owners)
 
     @property
     def signal(self) -> nn.Module | None:

@@ -8,11 +8,13 @@ modules are recognised by their attributes, never by importing their library.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from curvopt.distributed import local
 from curvopt.lora.pair import DICTS, LoraPair, is_peft, resolve
 
 _STYLES = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"), ("A", "B"), ("a", "b"))
@@ -32,7 +34,8 @@ def find_lora_pairs(model: nn.Module, adapter: str | None = None) -> list[LoraPa
         adapter: Only the pairs of this PEFT adapter; None means every adapter and every other style.
 
     Returns:
-        The pairs. A parameter that two modules share gives one pair; frozen pairs are included.
+        The pairs. A parameter that two modules share gives one pair, which says so in `LoraPair.shared`; frozen pairs
+        are included.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -112,18 +115,37 @@ def _scan(model: nn.Module) -> tuple[list[LoraPair], list[tuple[str, str]]]:
     pairs: list[LoraPair] = []
     skipped: list[tuple[str, str]] = []
     roots: list[tuple[str, dict]] = []  # (path prefix of a PEFT base model, its configs), outermost first
-    owner: dict[int, str] = {}  # parameter -> the pair that has it
+    owner: dict[int, str] = {}  # memory of a parameter -> the pair that has it
+    uses: dict[int, list[str]] = {}  # memory of a parameter -> names of all parameters there
+    also: dict[str, list[str]] = {}  # pair -> other layers that use its parameters
     closed: set[int] = set()  # modules that belong to a layer already read
     for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                uses.setdefault(_memory(p), []).append(f"{path}.{name}" if path else name)
         if id(module) in closed:
             continue
         if isinstance(configs := vars(module).get("peft_config"), dict):
             roots.append((_base_prefix(path, module), configs))
         found = _from_peft(path, module, roots) if is_peft(module) else _from_attributes(path, module)
         for item in found:
-            _file(item, pairs, skipped, owner)
+            _file(item, pairs, skipped, owner, also)
         closed.update(id(part) for inner in _inner(module) for part in inner.modules())
-    return pairs, skipped
+    return [_told(pair, uses, also) for pair in pairs], skipped
+
+
+def _memory(p: Tensor) -> int:
+    """What two parameters have in common if one is a view of the other from its first entry on."""
+    here = local(p.detach())
+    return (0 if here.device.type == "meta" else here.data_ptr()) or id(p)
+
+
+def _told(pair: LoraPair, uses: dict[int, list[str]], also: dict[str, list[str]]) -> LoraPair:
+    """The pair, with what else uses its parameters."""
+    sides = [(side, uses[_memory(p)]) for side, p in (("A", pair.A), ("B", pair.B))]
+    words = [f"{side} is one parameter with {', '.join(names[1:])}" for side, names in sides if len(names) > 1]
+    words += [f"{path} uses its parameters too" for path in also.get(pair.name, ())] if not words else []
+    return replace(pair, shared="; ".join(words)) if words else pair
 
 
 def _base_prefix(path: str, module: nn.Module) -> str:
@@ -142,16 +164,19 @@ def _inner(module: nn.Module) -> list[nn.Module]:
     return [child for word in words if (child := module._modules.get(word)) is not None]
 
 
-def _file(item: LoraPair | tuple, pairs: list, skipped: list, owner: dict[int, str]) -> None:
+def _file(
+    item: LoraPair | tuple, pairs: list, skipped: list, owner: dict[int, str], also: dict[str, list[str]]
+) -> None:  # fmt: skip
     """Keep a pair whose parameters are new, note everything else."""
     if isinstance(item, tuple):
         skipped.append(item)
         return
-    first = owner.get(id(item.A), owner.get(id(item.B)))
+    first = owner.get(_memory(item.A), owner.get(_memory(item.B)))
     if first is not None:
         skipped.append((item.path, f"shares a parameter with {first}"))
+        also.setdefault(first, []).append(item.path)
         return
-    owner[id(item.A)] = owner[id(item.B)] = item.name
+    owner[_memory(item.A)] = owner[_memory(item.B)] = item.name
     pairs.append(item)
 
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from curvopt.distributed import is_sharded
-from curvopt.lora.pair import LoraPair, read_number
+from curvopt.lora.pair import RANK_FREE, LoraPair, read_number
 from curvopt.lora.pairs import find_lora_pairs
 
 T = TypeVar("T")
-_RANK_FREE = ("Dora", "DoRA", "MiCA", "ALora")  # variants without a tensor of their own along the rank
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that also change the base weight
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained
 def resize_pair(
     pair: LoraPair, rank: int, *, keep_scaling: bool = True, generator: torch.Generator | None = None
 ) -> None:
@@ -102,11 +102,34 @@ def check_resize(pair: LoraPair, rank: Any) -> None:
             f"{pair.name} cannot be resized: its factors are sharded. Load the full state_dict into a model on one "
             "process and resize that"
         )
-    if pair.variant and not pair.variant.startswith(_RANK_FREE):
+    if pair.shared:
+        raise ValueError(
+            f"{pair.name} cannot be resized: {pair.shared}, which would keep the old rank. Give every layer matrices "
+            "of its own, or leave this pair out"
+        )
+    if pair.variant and not pair.variant.startswith(RANK_FREE):
         raise ValueError(f"{pair.name} cannot be resized: {pair.variant} may hold more tensors along the rank")
     tied = getattr(pair.configs[pair.adapter], "target_modules_to_tie", None) if pair.configs is not None else None
     if tied and (pair.kind == "embedding" or pair.path.rpartition(".")[2] in tied):
         raise ValueError(f"{pair.name} cannot be resized: its factors share memory with those of a tied layer")
+    if (between := _between(pair)) is not None:
+        raise ValueError(
+            f"{pair.name} cannot be resized: {between[0]} {between[1]} is as long as the rank, as a mixer or a gate "
+            "between A and B is. Make the layer with the rank that it is to have"
+        )
+
+
+def _between(pair: LoraPair) -> tuple[str, tuple[int, ...]] | None:
+    """Name and shape of a parameter of a layer that is not known to be plain, all of whose dimensions are the rank."""
+    if pair.module is None or pair.plain:
+        return None
+    a, bias = pair.owner("A"), None
+    if isinstance(a, nn.Module) and a is not pair.module:
+        bias = a._parameters.get("bias")
+    for name, p in pair.module.named_parameters():
+        if p.ndim and set(p.shape) == {pair.rank} and p not in {pair.A, pair.B, bias}:
+            return name, tuple(p.shape)
+    return None
 
 
 def by_pair(pairs: list[LoraPair], named: Mapping[str, T], adapter: str | None) -> dict[LoraPair, T]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from curvopt.ops import Ops
 from curvopt.optim import loading
 from curvopt.optim.checking import check, is_number
 from curvopt.optim.locator import ParameterLocator, describe_names, trainable
+
+T = TypeVar("T", bound="PairedOptimizer")
 
 
 @dataclass(eq=False)
@@ -130,6 +132,30 @@ class PairedOptimizer(torch.optim.Optimizer):
             self._release()
             raise
         self._ready = True
+
+    @classmethod
+    def bound_to(cls: type[T], model: nn.Module, **options: Any) -> type[T]:
+        """Return this class with ``model=`` given, for factories that hand over tensors without names.
+
+        ``create_loraplus_optimizer(model, GritKFAC.bound_to(model), lr=..., loraplus_lr_ratio=...)``: the tensors are
+        found in the model by identity. What is called makes instances of this very class.
+
+        Args:
+            model: the module to search.
+            options: further arguments; those of the call come before them.
+
+        Raises:
+            TypeError: ``model`` is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+        def make(_: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls(params, *args, **{"model": model, **options, **kwargs})
+
+        # another class comes out of __new__, so that copies and pickles know nothing of this one
+        namespace = {"__new__": make, "__doc__": cls.__doc__, "__module__": cls.__module__}
+        return type(cls.__name__, (cls,), namespace)
 
     # ------------------------------------------------------------------ pairs and groups
 

@@ -72,6 +72,8 @@ class Curvature:
         self._silent = list(self.capture.pairs)
         self._unseen: dict[LoraPair, int] = {}
         self._warned = False
+        # by pair of a layer not known to be plain: whether its basis mattered at the last reprojection
+        self.entangled: dict[LoraPair, Tensor] = {}
         if before is not None:
             before.capture.remove()
         self.capture.attach()

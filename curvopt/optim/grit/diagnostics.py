@@ -1,10 +1,12 @@
 """What GritKFAC tells of itself when asked."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvopt.distributed import is_sharded
 from curvopt.functional.basis import balanced
 from curvopt.functional.inverse import broken, empty, normalised
 from curvopt.functional.ranks import entropy_rank
@@ -17,15 +19,25 @@ from curvopt.optim.grit.curvature import source_of
 
 
 def live_rank(optimizer: PairedOptimizer, pair: LoraPair) -> int:
-    """Return the live rank of a pair: that of its tensors until a mask is set."""
+    """Return the live rank of a pair: that of its tensors until a mask is set, or where they do not bear it out.
+
+    Weights may have been put back from outside (a best model, a rollback, an average) since the mask was set.
+    """
+    k = pair.rank
     for p in (pair.A, pair.B):
         if "rank" in optimizer.state.get(p, {}):
-            return min(int(optimizer.state[p]["rank"]), pair.rank)
-    return pair.rank
+            k = min(int(optimizer.state[p]["rank"]), k)
+            break
+    if k == pair.rank or is_sharded(pair.A) or is_sharded(pair.B):
+        return k
+    rest = [p.detach().narrow(dim, k, pair.rank - k) for p, dim in ((pair.A, pair.dim_A), (pair.B, pair.dim_B))]
+    return pair.rank if all(bool(X.any()) for X in rest) else k
 
 
-def diagnose(optimizer: BucketedOptimizer) -> dict[str, Any]:
+def diagnose(optimizer: BucketedOptimizer, entangled: Callable[[LoraPair], str]) -> dict[str, Any]:
     """Return a report of plain numbers, strings, lists and dicts. Reads the device.
+
+    ``entangled`` says why a pair keeps its basis.
 
     Keys: ``steps`` (calls of ``step``), ``skipped_updates`` (of those, how many changed nothing), ``backend``,
     ``fallbacks`` (ops that CUDA tensors had to take from the reference),
@@ -34,7 +46,8 @@ def diagnose(optimizer: BucketedOptimizer) -> dict[str, Any]:
     other processes by this one, by occasion; see `traffic.bytes_sent`), and ``pairs``: by name
 
     - ``rank``, ``full_rank``: live directions and rank of the tensors; ``kept``: GRIT's published projection's k;
-    - ``statistics``: what it is observed by, ``note``: why not by activations; ``rows``: rows (tokens) seen;
+    - ``statistics``: what it is observed by, ``note``: why not by activations, and why the pair keeps its basis and
+      rank if it does; ``rows``: rows (tokens) seen;
     - ``energy``: σ_i² as shares of their sum in descending order, ``effective_rank``: exp of their entropy;
     - ``A``, ``B``: by factor, ``condition`` of Ŝ + λI, ``scalar_distance`` ‖M − mean(M) I‖_F / ‖M‖_F of what acts on
       the gradient (where a basis is used, of Ŝ, whose it is) — 0 means the curvature does nothing, and ``failed``.
@@ -55,7 +68,7 @@ def diagnose(optimizer: BucketedOptimizer) -> dict[str, Any]:
         "idle": [p.name for p, sides in known.items() if not sides],
         "bytes_sent": bytes_sent(optimizer),
         "skipped_layers": [] if model is None else find_skipped(model),
-        "pairs": {pair.name: _pair(optimizer, pair, sides) for pair, sides in known.items()},
+        "pairs": {pair.name: _pair(optimizer, pair, sides, entangled(pair)) for pair, sides in known.items()},
     }
 
 
@@ -69,9 +82,10 @@ def steps_of(optimizer: PairedOptimizer) -> int:
     return int(max((float(s["cadence"][0]) for s in optimizer.state.values() if "cadence" in s), default=0))
 
 
-def _pair(optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side]) -> dict[str, Any]:
+def _pair(optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side], entangled: str) -> dict[str, Any]:
     states = {s.name: optimizer.state[s.param] for s in sides}
-    out: dict[str, Any] = {"rank": live_rank(optimizer, pair), "full_rank": pair.rank, "note": pair.note}
+    out: dict[str, Any] = {"rank": live_rank(optimizer, pair), "full_rank": pair.rank}
+    out["note"] = "; ".join(filter(None, (pair.note, entangled)))
     if not sides:
         return out
     group = sides[0].group

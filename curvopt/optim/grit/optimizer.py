@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvopt.functional.update import RULES, Slab
-from curvopt.lora import resize_pair
+from curvopt.lora import LoraPair, resize_pair
 from curvopt.lora.resize import check_resize
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
@@ -38,7 +38,8 @@ class GritKFAC(BucketedOptimizer):
         weight_decay: decoupled decay (AdamW).
         statistics: ``"activation"`` (K-FAC, by one hook per pair), ``"gradient"`` (Shampoo on the rank side, no hook),
             ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347), or ``"none"``: neither
-            factors nor hooks; only ``"polar"`` takes it, and equalises the singular values of Adam's step.
+            factors nor hooks; only ``"polar"`` takes it, and equalises the singular values of Adam's step. Under
+            DP-SGD activations bypass the noise: use ``"gradient"`` or ``"weight"`` there.
         sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
@@ -75,6 +76,7 @@ class GritKFAC(BucketedOptimizer):
 
     # what a copy or a pickle starts with: process groups cannot travel
     _process_group: dist.ProcessGroup | None = None
+    _join_config: Any = None  # by torch's protocol of joinable objects; None outside of Join
     _small = frozenset(
         {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
         | outer.SMALL
@@ -146,22 +148,27 @@ class GritKFAC(BucketedOptimizer):
         """Take one step; returns what ``closure`` returned, if given."""
         self._check_capture()
         loss = self._evaluate(closure)
+        self._joining(None)
         buckets, others = self._read()
         for bucket in buckets:
             bucket.tick()
             bucket.begin(self._planned(bucket), self._make_plan)
         found_inf = self._found_inf(buckets, others)
+        self._joining(found_inf)
         self._curvature.observe(due(buckets, "factor_every"), found_inf)  # S ← S + w (zᵀz/N − S)
         for bucket in due(buckets, "inverse_every"):
             self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
         reprojected = due(buckets, "reproject_every")
+        if reprojected:  # gradients are those of the weights before the step
+            self._curvature.entangled = reproject.entangled(reprojected)
         for bucket in buckets:
             if bucket.outer_rank:
                 outer.precondition(bucket, found_inf[bucket.device])  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
             bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
         self._update_others(others, found_inf)
         if reprojected:
-            reproject.change_basis(reprojected, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
+            held = self._curvature.entangled
+            reproject.change_basis(reprojected, found_inf, self._curvature, held)  # A ← T A, B ← B T⁻¹, mask
         self._curvature.arm(self._buckets, self._sides)
         return loss
 
@@ -204,10 +211,13 @@ class GritKFAC(BucketedOptimizer):
         """Return the live rank of every pair by name: the rank of its tensors less the directions masked so far."""
         return {pair.name: diagnostics.live_rank(self, pair) for pair in self._pairs}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def compact(self) -> dict[str, int]:
         """Slice every pair and its state to its live rank for good, and return the ranks by name.
 
-        ΔW is unchanged: what is cut is exactly zero. Parameters keep their identity, with new ``.data`` and no
+        ΔW is unchanged: what is cut is exactly zero, and nothing is cut of a pair whose weights were put back from
+        outside with more directions than its mask has. Parameters keep their identity, with new ``.data`` and no
         ``.grad``; wrappers that hold views of them (DDP, FSDP) must be built anew. PEFT's r, scaling, rank_pattern
         and alpha_pattern are kept true, so the model saves and loads as usual.
 
@@ -231,7 +241,7 @@ class GritKFAC(BucketedOptimizer):
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what the optimizer knows of itself; reads the device. Keys are described in `diagnostics.diagnose`."""
-        return diagnostics.diagnose(self)
+        return diagnostics.diagnose(self, self.entangled)
 
     def mask_rows(self, mask: Tensor | None) -> None:
         """Say which rows of the coming forward passes are real, so that padding enters neither the sums nor N.
@@ -244,6 +254,13 @@ class GritKFAC(BucketedOptimizer):
                 row and 0 for padding; weights between are allowed. None for all rows.
         """
         self._curvature.capture.mask = None if mask is None else mask.reshape(-1).float()
+
+    def entangled(self, pair: LoraPair) -> str:
+        """Return why a pair keeps its basis and its rank; empty if it does not. Reads the device."""
+        found = self._curvature.entangled.get(pair)
+        if pair.shared or found is None or not found:
+            return pair.shared
+        return "at the last reprojection the loss did not depend on A and B through B A alone: basis and rank are kept"
 
     @property
     def watching(self) -> bool:
@@ -258,6 +275,47 @@ class GritKFAC(BucketedOptimizer):
         """Reset gradients as torch does, and forget what backward passes since the last step have shown."""
         self._curvature.capture.discard()
         super().zero_grad(set_to_none)
+
+    # ------------------------------------------------------------------ uneven numbers of batches
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """Return what ``torch.distributed.algorithms.join.Join([model, optimizer])`` runs where batches have run out.
+
+        ``model.join()`` of DistributedDataParallel knows nothing of the sums that a step with activation statistics
+        makes over processes; ``Join`` with both does. In the end every process has the weights and the state of one
+        that had most batches.
+
+        Raises:
+            ValueError: parameters are sharded.
+        """
+        from curvopt.optim.grit.join import StepsOfOthers
+
+        if self._shared_by:
+            raise ValueError("Join needs whole parameters, got sharded ones: give every process as many batches")
+        return StepsOfOthers(self, self._process_group)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device of the first parameter."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that statistics are summed over."""
+        return dist.group.WORLD if self._process_group is None else self._process_group
+
+    def _joining(self, found_inf: dict[torch.device, Tensor] | None) -> None:
+        """Inside of ``Join``, which sets ``_join_config``: announce a step, and agree on whether it counts."""
+        if self._join_config is None:
+            return
+        if found_inf is None:
+            from torch.distributed.algorithms.join import Join
+
+            Join.notify_join_context(self)
+            return
+        for flag in found_inf.values():
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._process_group)
 
     # ------------------------------------------------------------------ plumbing
 

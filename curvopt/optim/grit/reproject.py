@@ -1,10 +1,11 @@
 """Changing the basis of pairs: the balanced gauge with its masks, and GRIT's published projections."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from curvopt.distributed import local
 from curvopt.functional import basis, live_rows, ranks
 from curvopt.functional.inverse import eigenbasis, normalised
 from curvopt.lora import LoraPair
@@ -15,26 +16,61 @@ from curvopt.optim.grit.curvature import Curvature, rule_of
 # rows of u and d before the published code lets d have a basis of its own
 MIN_SAMPLES = 64
 
+# above it a loss depends on more than B A: far above the rounding of bfloat16 gradients, below what mixers do
+ASYMMETRY = 0.1
+
 Place = tuple[Bucket, int]
+# by pair a 0-d boolean, whether its basis means something; pairs that are known to be plain are not in it
+Entangled = dict[LoraPair, Tensor]
 
 
-def change_basis(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
-    """Change the basis, and with it the rank, as each group asks."""
+def entangled(buckets: Sequence[Bucket]) -> Entangled:
+    """Return which pairs the loss sees otherwise than through B A, by the gradients of this step, before it is taken.
+
+    Only pairs of layers that are not known to be plain are looked at.
+    """
+    products: dict[LoraPair, dict[str, Tensor]] = {}
+    for bucket in buckets:
+        for block in bucket.blocks:
+            asked = [i for i, s in enumerate(block.sides) if not s.pair.plain]
+            if not asked:
+                continue
+            W, G = (torch.stack(X).to(bucket.compute_dtype) for X in (list(block.weights()), bucket.grads[block.rows]))
+            P = W.new_zeros(len(asked), bucket.r, bucket.r)
+            torch.matmul(*((G[asked], W[asked].mT) if block.rank_dim == 1 else (W[asked].mT, G[asked])), out=P)
+            if block.shards is not None:
+                block.shards.sum_(P)
+            for i, own in zip(asked, P, strict=True):
+                products.setdefault(block.sides[i].pair, {})[block.sides[i].name] = own
+    return {
+        pair: ~(basis.asymmetry(P["A"][None], P["B"][None])[0] <= ASYMMETRY)
+        for pair, P in products.items()
+        if len(P) == 2
+    }
+
+
+def change_basis(
+    buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature, held: Entangled
+) -> None:
+    """Change the basis, and with it the rank, as each group asks; not that of the pairs that ``held`` says."""
     gauged = [b for b in buckets if b.group["reprojection"] == "balanced"]
     projected = [b for b in buckets if b.group["reprojection"] in ("paper", "paper-one-sided")]
     if gauged:
-        balanced(gauged, found_inf, curvature)
+        balanced(gauged, found_inf, curvature, held)
     if projected:
-        published(projected, found_inf)
+        published(projected, found_inf, held)
     for bucket in buckets:
         bucket.did("reproject_every", found_inf[bucket.device])
 
 
-def balanced(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
+def balanced(
+    buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature, held: Entangled
+) -> None:
     """Bring every pair with gradients into the balanced gauge and, with a threshold, zero its cheapest directions.
 
     Parameters, both moments, factors and matrices change together, so that without truncation ΔW and what the
-    optimizer believes about it are unchanged. Pairs with a frozen or idle side keep their basis.
+    optimizer believes about it are unchanged. Pairs with a frozen or idle side keep their basis, and those that share
+    a matrix with another layer.
     """
     maps: dict[Side, tuple[Tensor, Tensor]] = {}
     lifted: dict[Side, Tensor] = {}
@@ -42,25 +78,28 @@ def balanced(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], c
         a = [places[0] for places in pairs.values()]
         bucket = a[0][0]
         S_u, S_d = _factors(pairs)
-        k = _rows("rank", a)
-        gauge = basis.balanced(S_u, S_d, k=k, keep_scale=False)
-        fine = found_inf[bucket.device] == 0
-        eye = torch.eye(bucket.r, dtype=gauge.T.dtype, device=bucket.device)
-        T, T_inv = torch.where(fine, gauge.T, eye), torch.where(fine, gauge.T_inv, eye)
-        k_new, pending = k, _rows("pending", a)
+        k, pending = _rows("rank", a), _rows("pending", a)
         tau = bucket.group["rank_threshold"]
+        if tau is not None:  # a mask that the weights do not bear out is none
+            stale = _beyond(pairs, k)
+            k, pending = torch.where(stale, bucket.r, k), torch.where(stale, 0, pending)
+        gauge = basis.balanced(S_u, S_d, k=k, keep_scale=False)
+        fine = (found_inf[bucket.device] == 0) & _free(pairs, held, bucket.device)
+        eye = torch.eye(bucket.r, dtype=gauge.T.dtype, device=bucket.device)
+        T, T_inv = (torch.where(fine[:, None, None], M, eye) for M in (gauge.T, gauge.T_inv))
+        k_new, agreed = k, pending
         if tau is not None:
             energy = gauge.sigma.square()
             asked = ranks.energy_rank(energy, tau, bucket.group["min_rank"], k)
-            k_new, pending = ranks.hysteresis(k, asked, pending, ranks.heavy_tail(energy, tau, k), bucket.r)
-            k_new, pending = torch.where(fine, k_new, k), torch.where(fine, pending, _rows("pending", a))
+            k_new, agreed = ranks.hysteresis(k, asked, pending, ranks.heavy_tail(energy, tau, k), bucket.r)
+            k_new, agreed = torch.where(fine, k_new, k), torch.where(fine, agreed, pending)
         for i, ((b_a, i_a), (b_b, i_b)) in enumerate(pairs.values()):
             maps[b_a.sides[i_a]] = (T[i], T_inv[i].mT)
             maps[b_b.sides[i_b]] = (T_inv[i].mT, T[i])
             lifted[b_a.sides[i_a]] = k_new[i] > k[i]
             for b, j in ((b_a, i_a), (b_b, i_b)):
                 b.state["rank"][j].copy_(k_new[i])
-                b.state["pending"][j].copy_(pending[i])
+                b.state["pending"][j].copy_(agreed[i])
     for bucket in buckets:
         _transform(bucket, maps, lifted, found_inf[bucket.device], curvature)
 
@@ -121,7 +160,7 @@ def _seeded(block: Block, X: Tensor, k: Tensor, lifted: dict[Side, Tensor], step
     return rows if block.rank_dim == 1 else rows.mT
 
 
-def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) -> None:
+def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], held: Entangled) -> None:
     """A ← P_a A and B ← B P_g as GRIT publishes it: moments and factors stay, tensors and masks too.
 
     The number of directions kept is noted in the state as ``kept``.
@@ -137,7 +176,8 @@ def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) 
         if g["rank_threshold"] is not None:
             k = ranks.energy_rank(energy, g["rank_threshold"], g["min_rank"])
         P_a, P_g = basis.projectors(S_u, S_d, k, two_sided=g["reprojection"] == "paper")
-        keep = (found_inf[S_u.device] == 0) & normalised(S_u)[1][:, None, None]
+        free = (found_inf[S_u.device] == 0) & _free(pairs, held, S_u.device)
+        keep = (free & normalised(S_u)[1])[:, None, None]
         eye = torch.eye(r, dtype=S_u.dtype, device=S_u.device)
         P_a, P_g = torch.where(keep, P_a, eye), torch.where(keep, P_g, eye)
         for i, places in enumerate(pairs.values()):
@@ -152,18 +192,40 @@ def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) 
 
 
 def _alike(buckets: Sequence[Bucket]) -> list[dict[LoraPair, tuple[Place, Place]]]:
-    """Group the pairs that have both sides in ``buckets`` by rank, device, dtype and settings."""
+    """Group the pairs with both sides, theirs alone, in ``buckets`` by rank, device, dtype and settings."""
     places: dict[LoraPair, dict[str, Place]] = {}
     for bucket in buckets:
         for i, side in enumerate(bucket.sides):
             places.setdefault(side.pair, {})[side.name] = (bucket, i)
     alike: dict[tuple[object, ...], dict[LoraPair, tuple[Place, Place]]] = {}
     for pair, found in places.items():
-        if len(found) == 2:
+        if len(found) == 2 and not pair.shared:
             bucket = found["A"][0]
             key = (bucket.r, bucket.device, bucket.compute_dtype, id(bucket.group))
             alike.setdefault(key, {})[pair] = (found["A"], found["B"])
     return list(alike.values())
+
+
+def _free(pairs: Iterable[LoraPair], held: Entangled, device: torch.device) -> Tensor:
+    """Return ``[P]`` booleans, which pairs' outputs do not depend on their basis."""
+    no = torch.zeros((), dtype=torch.bool, device=device)
+    return ~torch.stack([held.get(pair, no) for pair in pairs])
+
+
+def _beyond(pairs: dict[LoraPair, tuple[Place, Place]], k: Tensor) -> Tensor:
+    """Return ``[P]`` booleans, which pairs use directions ≥ k in both matrices, which then are not what was masked."""
+    used = []
+    for places in zip(*pairs.values(), strict=True):
+        nonzero = []
+        for bucket, i in places:
+            side = bucket.sides[i]
+            X = local(side.param).detach()
+            dim = side.rank_dim - 1
+            # an own piece along the rank says nothing of the whole: sharded masks are believed
+            nonzero.append(torch.zeros(bucket.r, dtype=torch.bool, device=X.device) if side.shards is not None
+                           else (X != 0).movedim(dim, 0).flatten(1).any(1))  # fmt: skip
+        used.append(torch.stack(nonzero))
+    return (used[0] & used[1] & ~live_rows(k, used[0].shape[1])).any(1)
 
 
 def _rows(key: str, places: Sequence[Place]) -> Tensor:

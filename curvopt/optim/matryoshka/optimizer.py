@@ -32,7 +32,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         P_i = Σ s(ρ) over the nested ranks ρ > i,   Q = P / s with s the module's own scaling: s B Ã = B P A
         before a pair's first step, while B = 0:    A ← Q A     (∂L/∂B follows; ΔW stays 0)
         every step:    Ã_i ← Ã_i (1 − lr·wd) − Q_i lr m̂_i / (√v̂_i + ε / Q_i),   B as AdamW
-        dylora:        A is kept in the state and gets AdamW; the module holds P_ρ A for one drawn ρ
+        dylora:        A is kept in the state and gets AdamW; the module holds P_ρ A for one drawn ρ (rows of A that
+                       are put into the module from outside are taken over at the next step)
         stratified:    AdamW on (A, B); in training sample i computes s B[:, :ρ_i] A[:ρ_i], and every few steps
                        A ← T A, B ← B T⁻¹ into the basis of the singular vectors of B A (ours)
 
@@ -129,6 +130,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         buckets, others = self._read()
         for bucket in buckets:
             bucket.tick()
+            self._take_back(bucket)
             self._to_full(bucket)
             bucket.begin("row", self._make_plan)
         found_inf = self._found_inf(buckets, others)
@@ -163,6 +165,28 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
                 )
             )
         return self._ops.plan(name, slabs), slabs
+
+    def _take_back(self, bucket: Bucket) -> None:
+        """Take into A what was put into the module from outside since the last step: a best model, a rollback.
+
+        The module holds A at one of the trained ranks; which one, its rows that are not zero tell. Rows above keep
+        what the state has. Reads the device, once a bucket.
+        """
+        if "full" not in bucket.blocks[0].wide or not bucket.state["step"] > 0:
+            return
+        sides = [(s, full) for b in bucket.blocks for s, full in zip(b.sides, b.wide["full"], strict=True)]
+        held = [s.matrix(s.param.detach()) for s, _ in sides]
+        written = [scaled_rows(full, self._nests[s.pair].rates, s.rank_dim - 1) for s, full in sides]
+        other = torch.stack([(X != Y).any() for X, Y in zip(held, written, strict=True)]).tolist()
+        for (s, full), X, changed in zip(sides, held, other, strict=True):
+            if changed:
+                nest, dim = self._nests[s.pair], s.rank_dim - 1
+                used = int(X.any(1 - dim).nonzero().max()) + 1 if bool(X.any()) else 0
+                nest.drawn = next((rank for rank in nest.ranks if rank >= used), nest.ranks[-1])
+                rates = nest.rates
+                new = scaled_rows(X, [1 / q if q else 0.0 for q in rates], dim)
+                n = sum(q > 0 for q in rates)
+                full.narrow(dim, 0, n).copy_(new.narrow(dim, 0, n))
 
     def _to_full(self, bucket: Bucket) -> None:
         """Take the gradients to those of A where it is kept in the state: ∂L/∂A = Q ∂L/∂Ã."""
