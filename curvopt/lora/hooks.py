@@ -47,6 +47,7 @@ class Arrival(Watch):
         self._of_A = of_A
 
     def __call__(self, param: Tensor) -> None:
+        """Tell the owner."""
         owner, record = self.alive()
         if owner is not None and record is not None and param.grad is not None:
             owner.arrived(record, param.grad, self._of_A)
