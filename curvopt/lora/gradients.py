@@ -252,7 +252,7 @@ class _Brought(Watch):
 class _Hook(Watch):
     """Stands on the layer."""
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # a graph break; unlike `torch.compiler.disable` it imports nothing before it is called
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         owner, record = self.alive()
         if owner is None or record is None or not isinstance(output, Tensor):

@@ -1,16 +1,18 @@
 """GoRAInit's search for lr₀, and what it does once another optimizer is in charge."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvopt.distributed import all_reduce_sums, world_size
 from curvopt.functional.ranks import RankPlan
 from curvopt.lora import LoraPair, find_lora_pairs, resize_pair
+from curvopt.lora.hooks import Watch
 from curvopt.optim.gora.calibration import KEYS, write_start
 
 # ------------------------------------------------------------------------------------------------ lr₀ by trial
@@ -141,6 +143,39 @@ def resize(pairs: Sequence[LoraPair], plan: RankPlan, g: Mapping[str, Any]) -> N
     for pair in pairs if g["resize"] else ():
         if plan.ranks.get(pair.name, pair.rank) != pair.rank:
             resize_pair(pair, plan.ranks[pair.name], keep_scaling=g["keep_scaling"])
+
+
+class RankGuard(Watch):
+    """Stands on the module of B while the calibration runs: says what to do with a checkpoint of other ranks."""
+
+    def __call__(self, module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Look at what is about to be loaded.
+
+        Raises:
+            ValueError: B has another rank there.
+        """
+        owner, pair = self.alive()
+        if owner is None or pair is None:
+            return
+        came = state_dict.get(prefix + pair.keys[1][-1])
+        if isinstance(came, Tensor) and came.ndim == pair.B.ndim and came.shape[pair.dim_B] != pair.rank:
+            raise ValueError(
+                f"the checkpoint's adapter of {pair.name} must have the rank of the model's, {pair.rank}, got "
+                f"{came.shape[pair.dim_B]}, as after a hand-over of GoRAInit. Build the model from the checkpoint, "
+                "PeftModel.from_pretrained(base, checkpoint, is_trainable=True), and GoRAInit on it; or calibrate with "
+                "resize=False"
+            )
+
+
+def watch_loading(own: torch.optim.Optimizer, pairs: Sequence[LoraPair]) -> list[Any]:
+    """Put `RankGuard` on the modules of all B; returns the handles."""
+    found = []
+    for pair in pairs:
+        module = pair.owner("B")
+        if isinstance(module, nn.Module) and not isinstance(module, nn.ParameterDict | nn.ModuleDict):
+            hook = RankGuard(weakref.ref(own), weakref.ref(pair))
+            found.append(module.register_load_state_dict_pre_hook(hook))
+    return found
 
 
 @dataclass

@@ -403,11 +403,14 @@ class GoRAInit(PairedOptimizer):
             g = self.param_groups[0]
             self._calibration = Calibration(self._treated(), g, self._process_group, self._measure_spectra)
             self._calibration.load(self.state)
+            self._guards = handover.watch_loading(self, self._pairs) if g["resize"] else []
 
     def _release(self) -> None:
         calibration = self.__dict__.get("_calibration")
         if calibration is not None and calibration.capture is not None:
             calibration.capture.remove()
+        for guard in self.__dict__.pop("_guards", ()):
+            guard.remove()
 
 
 class _Probe(GoRAInit):
