@@ -9,7 +9,7 @@ from curvopt.analysis.doctor import doctor
 from curvopt.analysis.drift import Drift, drift
 from curvopt.analysis.findings import Finding, Report
 from curvopt.analysis.forgetting import ForgettingFit, Law, fit_forgetting_law
-from curvopt.analysis.plots import plot_forgetting, plot_frontier, plot_ranks, plot_spectra
+from curvopt.analysis.plots import plot_forgetting, plot_frontier, plot_plan, plot_ranks, plot_spectra
 from curvopt.analysis.recorder import Recorder
 from curvopt.analysis.saved import inspect_saved
 from curvopt.analysis.spectra import Spectrum, effective_rank, spectra
@@ -32,6 +32,7 @@ __all__ = [
     "plot_aurac",
     "plot_forgetting",
     "plot_frontier",
+    "plot_plan",
     "plot_ranks",
     "plot_spectra",
     "spectra",

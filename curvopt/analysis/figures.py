@@ -1,9 +1,9 @@
-"""The three panels of the law of forgetting."""
+"""Panels: the three of the law of forgetting, and the ranks of a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from curvopt.analysis.forgetting import GAMMAS, ForgettingFit, Law
 
@@ -71,3 +71,16 @@ def draw_gammas(axes: Axes, fit: ForgettingFit, colours: Sequence[str]) -> None:
     axes.set_title(f"Parameters with {laws[0].level:.0%} intervals", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
+
+
+def draw_plan(axes: Axes, colour: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a bar a layer: its rank, and how much of its σ² that holds."""
+    places = range(len(rows))
+    axes.bar(places, [row["rank"] for row in rows], color=colour)
+    for place, row in zip(places, rows, strict=True):
+        if row["gain"] is not None and len(rows) <= 40:
+            axes.annotate(f"{row['gain']:.2f}", (place, row["rank"]), ha="center", va="bottom", fontsize=6)
+    step = max(1, -(-len(rows) // 40))
+    axes.set_xticks(places[::step], [row["name"].removeprefix("base_model.model.") for row in rows][::step],
+                    rotation=90, fontsize=6)  # fmt: skip
+    axes.set(ylabel="rank")

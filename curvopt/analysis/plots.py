@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from curvopt.analysis.forgetting import ForgettingFit
 from curvopt.analysis.recorder import Recorder, pair_entry
 from curvopt.analysis.spectra import cumulative, spectra
+from curvopt.functional.ranks import RankPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,6 +213,27 @@ def plot_frontier(
     axes.set_title("Updates against retention (lower is better)", fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    return sheet
+
+
+def plot_plan(plan: RankPlan) -> Figure:
+    """Draw the ranks of a plan of `GoRAInit`, a bar a layer, with the share of the layer's σ² that each holds.
+
+    Args:
+        plan: what `GoRAInit.plan_only` or ``GoRAInit.plan`` gave.
+
+    Raises:
+        ValueError: the plan has no layer.
+    """
+    from curvopt.analysis.figures import draw_plan
+
+    rows = plan.rows()
+    if not rows:
+        raise ValueError(f"plan must have layers, got {plan!r}")
+    sheet = _sheet(max(5.0, 0.22 * min(len(rows), 60)), 4.6)
+    axes = sheet.add_subplot()
+    draw_plan(axes, COLOURS[0], rows)
+    axes.set_title(plan.summary() + (f", gain {plan.gain():.2f}" if plan.spectra else ""), fontsize=9)
     return sheet
 
 

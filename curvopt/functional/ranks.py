@@ -1,8 +1,9 @@
 """How many directions are worth keeping: energy rule, hysteresis, entropy rank, and a budget shared out by layer."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,28 +79,68 @@ def heavy_tail(energy: Tensor, threshold: float, k: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- sharing out a budget
 
 BUDGET_WEIGHTS: dict[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt, "log1p": math.log1p}
-ALLOCATIONS = ("exact", "paper")
+ALLOCATIONS = ("exact", "paper", "uniform", "spectrum")
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Which layer gets which rank.
+    """Which layer gets which rank; plain data, and a table when it is printed.
 
     Attributes:
         ranks: by name.
         importances: by name, as measured.
         budget: what uniform ranks would cost, Σ rank · f(d_in + d_out): parameters if the weight is linear.
         spent: what the ranks of this plan cost, in the same unit.
+        spectra: by name, σ_i² of the layer's mean gradient in whitened coordinates, descending; empty if not measured.
     """
 
     ranks: dict[str, int]
     importances: dict[str, float]
     budget: float
     spent: float
+    spectra: dict[str, list[float]] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def gain(self, ranks: Mapping[str, int] | None = None) -> float:
+        """Return the share Σ_l Σ_{i≤r_l} σ²_li / Σ σ² that ranks hold; under K-FAC's quadratic, of the loss to gain.
+
+        Args:
+            ranks: by name; those of the plan if None.
+
+        Raises:
+            ValueError: the spectra were not measured.
+        """
+        if not self.spectra:
+            raise ValueError("spectra must be measured to tell the gain: use GoRAInit.plan_only, or a start from them")
+        chosen = self.ranks if ranks is None else ranks
+        held = math.fsum(math.fsum(energy[: chosen[name]]) for name, energy in self.spectra.items())
+        total = math.fsum(math.fsum(energy) for energy in self.spectra.values())
+        return held / total if total > 0 else 0.0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one dict a layer: name, rank, share of the importances, and share of its σ² that the rank holds."""
+        total = math.fsum(self.importances.values())
+        found = []
+        for name, rank in self.ranks.items():
+            energy = self.spectra.get(name, [])
+            whole = math.fsum(energy)
+            found.append({
+                "name": name, "rank": rank, "importance": self.importances[name] / total if total > 0 else 0.0,
+                "gain": math.fsum(energy[:rank]) / whole if whole > 0 else None,
+            })  # fmt: skip
+        return found
+
+    def summary(self) -> str:
+        """Return one line: how many layers, the least and largest rank, and the budget."""
         least, most = min(self.ranks.values(), default=0), max(self.ranks.values(), default=0)
         return f"{len(self.ranks)} layers, ranks {least} to {most}, {self.spent:g} of a budget of {self.budget:g}"
+
+    def __str__(self) -> str:
+        width = max([5, *map(len, self.ranks)])
+        lines = [f"{'layer':{width}}  rank  importance   gain"]
+        for row in self.rows():
+            gain = "" if row["gain"] is None else f"{row['gain']:.3f}"
+            lines.append(f"{row['name']:{width}}  {row['rank']:4d}  {row['importance']:10.4f}  {gain:>5}")
+        return "\n".join([*lines, self.summary()])
 
 
 def allocate(
@@ -112,13 +153,18 @@ def allocate(
     allocation: str = "exact",
     budget_weight: str = "linear",
     limits: Mapping[str, int] | None = None,
+    spectra: Mapping[str, Sequence[float]] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> RankPlan:
-    """Share the parameters of uniform ranks out by importance (GoRA, arXiv 2502.12171).
+    """Share the parameters of uniform ranks out by importance (GoRA, arXiv 2502.12171), or by spectra.
 
     A rank of layer l costs f(d_in + d_out), and its share of the budget is I_l / Σ I. ``"paper"`` is the official
     rounding: the share is rounded to a whole number, divided by the cost without remainder, and clamped; what clamps
     and rounding leave over or overdraw stays so. ``"exact"`` keeps the shares proportional within the clamps and hands
     what rounding leaves to the largest remainders: what is unspent buys no further rank of any layer below its clamp.
+    ``"uniform"`` gives every layer ``rank``. ``"spectrum"`` (our derivation) looks at no importance: it buys the
+    directions with the largest σ² for their cost. Σ_l Σ_{i≤r_l} σ²_li is then the largest that the budget allows within
+    the clamps where all layers cost the same, and falls short of it by less than one direction where they do not.
 
     Args:
         importances: I_l ≥ 0 by name. All zero: uniform.
@@ -126,41 +172,87 @@ def allocate(
         rank: the uniform rank whose cost is the budget.
         min_rank: lower clamp.
         max_rank: upper clamp.
-        allocation: ``"exact"`` or ``"paper"``.
+        allocation: ``"exact"``, ``"paper"``, ``"uniform"`` or ``"spectrum"``.
         budget_weight: f: ``"linear"``, ``"sqrt"`` or ``"log1p"``.
         limits: a further upper clamp by name, before which the lower one yields too; min(d_in, d_out) where absent.
+        spectra: σ_i² ≥ 0 by name, descending; ``"spectrum"`` needs them, others keep them for `RankPlan.gain`.
+        groups: a label by name: layers compete only with those of their label, for the budget of these. None: one.
 
     Returns:
         The plan, in the order of ``importances``; equal input gives equal plans, ties go by name.
 
     Raises:
-        ValueError: an importance is negative or not finite, or ``"exact"`` and the clamps cannot meet the budget.
+        ValueError: an importance is negative or not finite, spectra are missing, or the clamps cannot meet the budget
+            (with ``"exact"`` and ``"spectrum"``).
     """
     for name, value in importances.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"importance of {name} must be a finite number ≥ 0, got {value!r}")
-    names = list(importances)
-    cost = {name: BUDGET_WEIGHTS[budget_weight](sum(shapes[name])) for name in names}
-    top = {name: min(max_rank, (limits or {}).get(name, min(shapes[name]))) for name in names}
-    low = {name: min(min_rank, top[name]) for name in names}
-    budget = rank * math.fsum(cost.values())
-    if allocation == "paper":
-        total = math.fsum(importances.values())
-        share = {name: importances[name] / total if total > 0 else cost[name] * rank / budget for name in names}
-        asked = {name: int(round(budget * share[name]) // cost[name]) for name in names}
-        ranks = {name: min(max(asked[name], low[name]), top[name]) for name in names}
-    else:
-        least, most = (math.fsum(cost[name] * clamp[name] for name in names) for clamp in (low, top))
-        slack = 1e-9 * budget
-        if least > budget + slack or most < budget - slack:
-            raise ValueError(
-                f"rank={rank} asks for a budget of {budget:g}, but min_rank={min_rank} and max_rank={max_rank} "
-                f"(and the shapes of the layers) allow {least:g} to {most:g}"
-            )
-        ideal = _shares(importances, cost, low, top, budget)
-        ranks = _largest_remainders(ideal, cost, top, budget)
-    spent = math.fsum(cost[name] * ranks[name] for name in names)
-    return RankPlan(ranks, dict(importances), budget, spent)
+    if allocation == "spectrum" and spectra is None:
+        raise ValueError("spectra must be given for allocation='spectrum', got None")
+    cost = {name: BUDGET_WEIGHTS[budget_weight](sum(shapes[name])) for name in importances}
+    top = {name: min(max_rank, (limits or {}).get(name, min(shapes[name]))) for name in importances}
+    low = {name: min(min_rank, top[name]) for name in importances}
+    ranks: dict[str, int] = {}
+    for label in dict.fromkeys((groups or {}).get(name, "") for name in importances):
+        names = [name for name in importances if (groups or {}).get(name, "") == label]
+        own, budget = {name: importances[name] for name in names}, rank * math.fsum(cost[name] for name in names)
+        if allocation == "uniform":
+            ranks |= {name: min(rank, (limits or {}).get(name, min(shapes[name]))) for name in names}
+        elif allocation == "paper":
+            ranks |= _official(own, cost, low, top, rank, budget)
+        else:
+            least, most = (math.fsum(cost[name] * clamp[name] for name in names) for clamp in (low, top))
+            slack = 1e-9 * budget
+            if least > budget + slack or most < budget - slack:
+                raise ValueError(
+                    f"rank={rank} asks for a budget of {budget:g}, but min_rank={min_rank} and max_rank={max_rank} "
+                    f"(and the shapes of the layers{f' of {label!r}' if label else ''}) allow {least:g} to {most:g}"
+                )
+            if spectra is not None and allocation == "spectrum":
+                ranks |= _water_filling({name: spectra[name] for name in names}, cost, low, top, budget)
+            else:
+                ranks |= _largest_remainders(_shares(own, cost, low, top, budget), cost, top, budget)
+    ranks = {name: ranks[name] for name in importances}
+    spent = math.fsum(cost[name] * r for name, r in ranks.items())
+    found = {name: [float(x) for x in spectra[name]] for name in importances} if spectra is not None else {}
+    return RankPlan(ranks, dict(importances), rank * math.fsum(cost.values()), spent, found)
+
+
+def _official(
+    importances: Mapping[str, float],
+    cost: Mapping[str, float],
+    low: Mapping[str, int],
+    top: Mapping[str, int],
+    rank: int,
+    budget: float,
+) -> dict[str, int]:
+    """Return ranks by the official rounding."""
+    total = math.fsum(importances.values())
+    share = {name: value / total if total > 0 else cost[name] * rank / budget for name, value in importances.items()}
+    asked = {name: int(round(budget * share[name]) // cost[name]) for name in importances}
+    return {name: min(max(asked[name], low[name]), top[name]) for name in importances}
+
+
+def _water_filling(
+    spectra: Mapping[str, Sequence[float]],
+    cost: Mapping[str, float],
+    low: Mapping[str, int],
+    top: Mapping[str, int],
+    budget: float,
+) -> dict[str, int]:
+    """Buy directions above the lower clamp by σ² for their cost, ties by index and name, while the budget lasts."""
+    ranks = {name: low[name] for name in spectra}
+    left = budget * (1 + 1e-12) - math.fsum(cost[name] * r for name, r in ranks.items())
+    offers = [
+        (-(energy[i] if i < len(energy) else 0.0) / cost[name], i, name)
+        for name, energy in spectra.items()
+        for i in range(low[name], top[name])
+    ]
+    for _, i, name in sorted(offers):
+        if ranks[name] == i and cost[name] <= left:
+            ranks[name], left = i + 1, left - cost[name]
+    return ranks
 
 
 def _shares(

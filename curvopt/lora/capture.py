@@ -28,6 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from curvopt.distributed import is_sharded, world_size
 from curvopt.functional import compute_dtype
+from curvopt.lora.hooks import Arrival, Watch, continues, on_arrival
 from curvopt.lora.pair import LoraPair
 from curvopt.ops import Ops
 
@@ -206,13 +207,7 @@ class Capture:
             handles = [module.register_forward_hook(_Hook(me, mine))]
             record.at_once = self._at_once or any(is_sharded(p) or not p.is_leaf for p in now[1:])
             if not record.at_once:
-                for p in now[1:]:
-                    # PyTorch takes such hooks only while the tensor requires a gradient; it stays when that changes
-                    wanted = p.requires_grad
-                    handles.append(
-                        p.requires_grad_().register_post_accumulate_grad_hook(_Arrival(me, mine, p is now[1]))
-                    )
-                    p.requires_grad_(wanted)
+                handles += [on_arrival(p, Arrival(me, mine, p is now[1])) for p in now[1:]]
             self._hooked[pair], self._handles[pair] = tuple(map(weakref.ref, now)), handles
 
     @property
@@ -369,19 +364,15 @@ class Capture:
         if record.at_once or (record.late and not record.pair.a_trainable):
             self._count(record)
 
-    def _arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
+    def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
         """Count what is kept, after its gradient was added to ``grad``; drop what an earlier gradient left.
 
-        An accumulation adds in place, which raises the version by one. A gradient that was set to None, or zeroed, in
-        between has another one. Over several processes, wrappers write into gradients too: there only a version that
-        has not grown tells that the gradient is another.
+        See `curvopt.lora.hooks`.
         """
         if of_A or not record.pair.a_trainable:
-            version = grad._version
-            same = version > record.version if self._many else version == record.version + 1
-            if not same:
+            if not continues(grad, record.version, self._many):
                 self._drop(record)
-            record.version = version
+            record.version = grad._version
             if not of_A and record.late is None:
                 record.late = not record.waiting
             if of_A or not record.late:
@@ -476,33 +467,11 @@ def _remove_all(handles: dict[LoraPair, list[Any]]) -> None:
             handle.remove()
 
 
-class _Watch:
-    """What stands on the model: weak references only, and nothing at all once copied or pickled."""
-
-    def __init__(self, capture: Any = None, record: Any = None, of_A: bool = False):
-        self._capture, self._record, self._of_A = capture, record, of_A
-
-    def __reduce__(self) -> tuple[type[_Watch], tuple[()]]:
-        return type(self), ()  # copies of the model are not watched
-
-    def _alive(self) -> tuple[Capture | None, _Record | None]:
-        return (None, None) if self._capture is None else (self._capture(), self._record())
-
-
-class _Arrival(_Watch):
-    """Stands on A or B: its gradient has been added to ``.grad``."""
-
-    def __call__(self, param: Tensor) -> None:
-        capture, record = self._alive()
-        if capture is not None and record is not None and param.grad is not None:
-            capture._arrived(record, param.grad, self._of_A)
-
-
-class _Hook(_Watch):
+class _Hook(Watch):
     """Stands on the module that computes u."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        capture, record = self._alive()
+        capture, record = self.alive()
         if capture is None or record is None or not capture.active or not isinstance(output, Tensor):
             return None
         if not (module.weight.requires_grad or record.pair.b_trainable):

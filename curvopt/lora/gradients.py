@@ -1,175 +1,270 @@
 """The gradient of a frozen base weight, from what passes through its layer: Ḡ = Σ gᵀx, one layer at a time.
 
 g is the gradient at the layer's output and x its input; the weight itself needs no gradient, is never touched, and may
-be quantized. A forward hook on the layer puts a tensor hook on the output; when the backward brings g, the product is
-added at once, so that no more than one layer's product exists beside the sums. As in `curvopt.lora.capture` counting
-happens in the backward alone. x is kept the way autograd keeps activations, so that checkpointing drops it, too.
+be quantized. A forward hook passes the layer's output through a node that keeps x the way autograd keeps activations:
+checkpointing drops it too, and it lives as long as the graph may be run backward again. What the backward brings
+waits until the gradient of B, of which it is part, has been added to ``B.grad`` (see `curvopt.lora.hooks`), and lies
+apart from the sums until `BaseGradients.commit`: gradients that are dropped before, by whatever means, leave no trace.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.hooks import RemovableHandle
 
+from curvopt.distributed import all_reduce_sums, world_size
+from curvopt.functional import compute_dtype
+from curvopt.lora.hooks import Arrival, Watch, continues, on_arrival
 from curvopt.lora.pair import LoraPair
+
+Product = Callable[[LoraPair, Tensor, Tensor], dict[str, Tensor]]
+
+
+@dataclass(eq=False)
+class _Record:
+    """One pair on its way.
+
+    Attributes:
+        pair: The pair.
+        waiting: (number of the backward pass, x, g) of what came and whose gradient has not arrived.
+        parts: The products since the last `commit`.
+        hit: Whether any of them was finite, 0-d fp32; None if nothing came.
+        landed: ``B.grad`` as it was when it arrived last.
+        version: Its version then.
+    """
+
+    pair: LoraPair
+    waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    hit: Tensor | None = None
+    landed: Tensor | None = None
+    version: int = -1
+
+    def clear(self) -> None:
+        """Forget what is not committed."""
+        self.waiting.clear()
+        self.parts, self.hit, self.landed = {}, None, None
 
 
 class BaseGradients:
-    """Hooks on the layers of some pairs, summing the gradients of their base weights.
+    """Hooks on the layers of some pairs, summing the gradients of their base weights, or other products of x and g.
 
-    A contribution that is not finite is left out. The modules hold no reference to this object: once it is gone, or on
-    a copied or unpickled model, the hooks do nothing.
+    The sums are of the gradients that stand in ``B.grad`` at `commit`: what they were multiplied by since the backward
+    (a GradScaler's unscaling, clipping) is taken over, layer by layer. A contribution that is not finite is left out.
+    The modules hold no reference to this object: once it is gone, or on a copied or unpickled model, the hooks do
+    nothing.
 
     Args:
-        pairs: The pairs; those without a module cannot be watched.
+        pairs: The pairs, in an order that every process shares; those without a module cannot be watched.
         offload: Keep the sums on the CPU; each product is formed on the device and moved there.
+        product: What is summed, linear in g: pair, x and g (see `layer_gradient`) to tensors by name, fp32 or fp64. By
+            default ``{"gradient": Ḡ}``, (d_out, d_in); an embedding counts as the linear map of one-hot rows, a
+            convolution's kernel has its dimensions after the first flattened.
+        group: Processes that share the gradients.
 
     Attributes:
-        sums: {pair: Σ G, (d_out, d_in)}, fp32 (fp64 for fp64 gradients). An embedding counts as the linear map of
-            one-hot rows, a convolution's kernel has its dimensions after the first flattened.
+        sums: {pair: {name: Σ}}, fp32 (fp64 for fp64 gradients).
         seen: {pair: steps in which a finite gradient came, 0-d fp32}.
-        broken: Whether anything was left out since the last `commit`, {device: 0-d bool}.
-        staged: Keep what comes apart from the sums until `commit` decides; a second set of sums.
+        differentiable: Name of a pair through which a backward with ``create_graph=True`` went: then Ḡ is not known.
     """
 
-    def __init__(self, pairs: Iterable[LoraPair], offload: bool = False):
+    def __init__(
+        self,
+        pairs: Iterable[LoraPair],
+        offload: bool = False,
+        product: Product | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
         self.pairs = list(pairs)
         self.offload = offload
-        self.staged = False
-        self.sums: dict[LoraPair, Tensor] = {}
+        self.product = _whole if product is None else product
+        self.sums: dict[LoraPair, dict[str, Tensor]] = {}
         self.seen: dict[LoraPair, Tensor] = {}
-        self.broken: dict[torch.device, Tensor] = {}
-        self._pending: dict[LoraPair, Tensor] = {}
-        self._hit: dict[LoraPair, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self.differentiable = ""
+        self._group = group
+        self._records = {pair: _Record(pair) for pair in self.pairs}
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove_all, self._handles)
 
     def attach(self) -> None:
         """Put the hooks on."""
         self.remove()
-        for pair in self.pairs:
-            hook = _Hook(weakref.ref(self), weakref.ref(pair))
+        me = weakref.ref(self)
+        for pair, record in self._records.items():
             if pair.module is not None:
-                self._handles.append(pair.module.register_forward_hook(hook, with_kwargs=True))
+                mine = weakref.ref(record)
+                self._handles.append(pair.module.register_forward_hook(_Hook(me, mine), with_kwargs=True))
+                if pair.B.is_leaf:
+                    self._handles.append(on_arrival(pair.B, Arrival(me, mine)))
 
     def remove(self) -> None:
         """Take the hooks off. The sums stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def fresh(self) -> dict[LoraPair, Tensor]:
-        """What came in the step that is not committed yet, as far as it is apart from what came before."""
-        return self._pending if self.staged else {p: G for p, G in self.sums.items() if p not in self.seen}
+        _remove_all(self._handles)
 
     def discard(self) -> None:
-        """Forget what came since the last `commit`, as far as it is apart from the sums."""
-        self._pending, self.broken = {}, {}
-        if self.staged:
-            self._hit = {}
+        """Forget what came since the last `commit`."""
+        for record in self._records.values():
+            record.clear()
+        self.differentiable = ""
 
     def forget(self) -> None:
         """Forget all that came."""
         self.discard()
-        self._hit = {}
         self.sums.clear()
         self.seen.clear()
 
-    def commit(self, keep: Tensor | None = None, scale: Tensor | None = None) -> None:
-        """End a step: count the layers it reached.
+    def commit(self) -> Tensor:
+        """End a step: add what belongs to the gradients that stand now to the sums, and count the layers reached.
 
-        Args:
-            keep: 0-d bool: False drops the step; honoured by staged sums, and by the first step of all.
-            scale: Loss scale to divide by, where the same holds.
+        Over several processes, all of them must call.
+
+        Returns:
+            Whether anything of a gradient was not finite, 0-d bool.
         """
-        for pair, hit in self._hit.items():
-            taken = hit if keep is None else torch.where(keep.to(hit.device), hit, 0.0)
-            first = pair not in self.seen
-            if self.staged or (first and not (keep is None and scale is None)):
-                part = self._pending.pop(pair) if self.staged else self.sums[pair]
-                part.div_(1.0 if scale is None else scale.to(part.device))
-                part = part.masked_fill_(taken.to(part.device) == 0, 0.0)
-                if self.staged:
-                    self.sums[pair] = self.sums[pair].add_(part) if pair in self.sums else part
-            self.seen[pair] = taken.clone() if first else self.seen[pair] + taken
-        self._hit, self._pending, self.broken = {}, {}, {}
+        factors = self._factors()
+        broken = torch.zeros((), dtype=torch.bool)
+        for pair, factor in factors.items():
+            record = self._records[pair]
+            if record.hit is None or pair.B.grad is None:
+                continue
+            fine = factor.isfinite() & (record.hit > 0)
+            broken = broken | ~fine.to(broken.device)
+            held = self.sums.setdefault(pair, {})
+            for name, part in record.parts.items():
+                # zero by `where`: 0 · NaN would be NaN, and a branch would wait for the device
+                part = torch.where(fine.to(part.device), part * factor.to(part.device, part.dtype), 0.0)
+                held[name] = held[name].add_(part) if name in held else part
+            taken = fine.to(torch.float32)
+            self.seen[pair] = self.seen[pair] + taken if pair in self.seen else taken
+        self.discard()
+        return broken
 
-    def _add(self, pair: LoraPair, x: Tensor, g: Tensor) -> None:
-        """Take one backward hit in."""
-        high = torch.float64 if g.dtype == torch.float64 else torch.float32
-        g = g.to(high)
-        x = x.to(high) if x.is_floating_point() else x
+    def _factors(self) -> dict[LoraPair, Tensor]:
+        """Return by what ``B.grad`` has been multiplied since it arrived, 0-d fp64; 1 exactly where it was left alone.
+
+        ⟨h, h⟩ / ⟨h, b⟩ with h what stands there now and b what arrived. Summed over processes this is also right where
+        h is the mean of their gradients.
+        """
+        if not self.pairs:
+            return {}
+        home = self.pairs[0].B.device
+        products = []
+        for pair, record in self._records.items():
+            held, landed = pair.B.grad, record.landed
+            found = torch.zeros(3, dtype=torch.float64, device=home)
+            if held is not None and landed is not None:
+                h, b = held.detach().double().flatten(), landed.double().flatten()
+                found = torch.stack([h @ h, h @ b, b @ b]).to(home)
+            products.append(found)
+        table = torch.stack(products)
+        if world_size(self._group) > 1:
+            all_reduce_sums([table], self._group)
+        hh, hb, bb = table.unbind(1)
+        # a gradient that was set to zero in place: nothing of it is left; one that always was tells nothing
+        factor = torch.where(hh == 0, (bb == 0).double(), hh / hb)
+        return dict(zip(self.pairs, factor.unbind(), strict=True))
+
+    def brought(self, record: _Record, x: Tensor, g: Tensor) -> None:
+        """Keep what a backward brings to one layer until the gradient of B arrives."""
+        if g.requires_grad:
+            self.differentiable = record.pair.name
+        record.waiting.append((_backward_pass(), x, g.detach()))
+        if not record.pair.B.is_leaf:
+            self._count(record)
+
+    def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
+        """Take in what came in this backward pass; forget what an earlier gradient left."""
+        if not continues(grad, record.version, world_size(self._group) > 1):
+            record.parts, record.hit = {}, None
+        record.version, record.landed = grad._version, grad.detach().clone()
+        self._count(record)
+
+    def _count(self, record: _Record) -> None:
+        now = _backward_pass()
+        come = [(x, g) for number, x, g in record.waiting if number == now]
+        record.waiting = [entry for entry in record.waiting if entry[0] != now]
+        with torch.no_grad():
+            for x, g in come:
+                self._add(record, x, g)
+
+    def _add(self, record: _Record, x: Tensor, g: Tensor) -> None:
+        g = g.to(compute_dtype(g.dtype))
+        x = x.to(g.dtype) if x.is_floating_point() else x
         fine = (g.sum() + x.sum()).isfinite()
-        # zero, not the sum as it is: 0 · NaN would be NaN, and a branch would wait for the device
         g, x = torch.where(fine, g, 0.0), torch.where(fine, x, torch.zeros_like(x))
-        G = layer_gradient(pair, x, g)
-        sums = self._pending if self.staged else self.sums
-        held = sums.get(pair)
-        if held is None:
-            sums[pair] = G.cpu() if self.offload else G
-        else:
-            held.add_(G.to(held.device))
+        for name, part in self.product(record.pair, x, g).items():
+            part = part.cpu() if self.offload else part
+            record.parts[name] = record.parts[name].add_(part) if name in record.parts else part
         hit = fine.to(torch.float32)
-        self._hit[pair] = torch.maximum(self._hit[pair], hit) if pair in self._hit else hit
-        self.broken[g.device] = self.broken.get(g.device, torch.zeros_like(fine)) | ~fine
+        record.hit = hit if record.hit is None else torch.maximum(record.hit, hit)
 
 
-class _Keep(torch.autograd.Function):
-    """A node that is never run: what it saved stays packed, offloaded or recomputed like any activation."""
+def _whole(pair: LoraPair, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    return {"gradient": layer_gradient(pair, x, g)}
+
+
+def _backward_pass() -> int:
+    """Return the number of the backward pass that is running on this thread; −1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+class _Through(torch.autograd.Function):
+    """The identity on the layer's output, with the layer's input saved for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, x: Tensor) -> Tensor:
+    def forward(y: Tensor, x: Tensor, watch: _Brought) -> Tensor:
+        return y.clone()  # not y itself: what comes next may change it in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, ctx.watch = inputs
         ctx.save_for_backward(x)
-        return token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        ctx.watch(ctx.saved_tensors[0], g)
+        return g, None, None
 
 
-class _Hook:
-    """What stands on the layer: weak references only, and nothing at all once copied or pickled."""
+class _Brought(Watch):
+    """Called by the backward."""
 
-    def __init__(
-        self,
-        owner: weakref.ref[BaseGradients] | None = None,
-        pair: weakref.ref[LoraPair] | None = None,
-    ):
-        self._owner = owner
-        self._pair = pair
+    def __call__(self, x: Tensor, g: Tensor) -> None:
+        owner, record = self.alive()
+        if owner is not None and record is not None:
+            owner.brought(record, x, g)
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()  # copies of the model are not watched
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        owner = self._owner() if self._owner is not None else None
-        pair = self._pair() if self._pair is not None else None
-        if owner is None or pair is None or not isinstance(output, Tensor):
-            return
+class _Hook(Watch):
+    """Stands on the layer."""
+
+    @torch._disable_dynamo  # a graph break; unlike `torch.compiler.disable` it imports nothing before it is called
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        owner, record = self.alive()
+        if owner is None or record is None or not isinstance(output, Tensor):
+            return None
         if not (torch.is_grad_enabled() and output.requires_grad):
-            return
+            return None
+        if _backward_pass() == -1:
+            record.waiting.clear()  # of a backward that was broken off, or filled no gradient
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is not None:
-            kept = _Keep.apply(torch.zeros((), device=output.device, requires_grad=True), x.detach())
-            output.register_hook(_on_gradient(weakref.ref(owner), weakref.ref(pair), [kept]))
-
-
-def _on_gradient(
-    owner: weakref.ref[BaseGradients], pair: weakref.ref[LoraPair], kept: list[Any]
-) -> Callable[[Tensor | None], None]:
-    """The tensor hook on the output; `kept` holds x until it has been used."""
-
-    def hook(g: Tensor | None) -> None:
-        watcher, key = owner(), pair()
-        if g is None or watcher is None or key is None or not kept:
-            return
-        token = kept.pop()  # its node lives as long as it does
-        (x,) = token.grad_fn.saved_tensors
-        with torch.no_grad():
-            watcher._add(key, x, g.detach())
-
-    return hook
+        if x is None:
+            return None
+        return _Through.apply(output, x.detach(), _Brought(self._owner, self._record))
 
 
 # ------------------------------------------------------------------------------------------------ one layer
@@ -186,18 +281,11 @@ def layer_gradient(pair: LoraPair, x: Tensor, g: Tensor) -> Tensor:
         g: (..., d_out), or (n, d_out, ...); of the dtype of the result.
     """
     if pair.kind == "embedding":
-        base: Any = base_layer(pair)
         ids, rows = x.reshape(-1), g.reshape(-1, g.shape[-1])
-        padding = getattr(base, "padding_idx", None)
-        if padding is not None:
-            rows = rows.masked_fill((ids == padding)[:, None], 0.0)
+        rows = rows.masked_fill(_padded(pair, ids)[:, None], 0.0)
         return g.new_zeros(rows.shape[1], layer_shape(pair)[0]).index_add_(1, ids, rows.mT)
     if pair.kind == "conv":
-        # PEFT gives A the stride and padding of the base, but neither its dilation nor its padding mode: where those
-        # matter, what the adapter can do is follow the gradient of a kernel with its own
-        conv = next((m for m in (pair.owner("A"), base_layer(pair)) if isinstance(m, _ConvNd)), None)
-        if conv is None:
-            raise ValueError(f"{pair.name}: no convolution found under {type(pair.module).__name__}")
+        conv = _convolution(pair)
         # a convolution is linear in its kernel: any kernel gives the gradient
         shape = (g.shape[1], conv.in_channels // conv.groups, *conv.kernel_size)
         kernel = g.new_zeros(shape).requires_grad_()
@@ -205,6 +293,66 @@ def layer_gradient(pair: LoraPair, x: Tensor, g: Tensor) -> Tensor:
             y = conv._conv_forward(x, kernel, None)
         return torch.autograd.grad(y, kernel, g)[0].flatten(1)
     return g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+
+
+def projected(pair: LoraPair, x: Tensor, T: Tensor) -> Tensor:
+    """The input rows times a matrix, (N, l): X T, where X has one-hot rows for an embedding and patches for a kernel.
+
+    Args:
+        pair: As in `layer_gradient`.
+        x: As there.
+        T: (d_in, l).
+
+    Raises:
+        ValueError: If the pair is of a grouped convolution.
+    """
+    if pair.kind == "embedding":
+        ids = x.reshape(-1)
+        return T[ids].masked_fill(_padded(pair, ids)[:, None], 0.0)
+    return _input_rows(pair, x) @ T
+
+
+def gathered(pair: LoraPair, H: Tensor, x: Tensor) -> Tensor:
+    """Hᵀ X, (l, d_in), with X as in `projected` and H (N, l) of the dtype of the result."""
+    if pair.kind == "embedding":
+        ids = x.reshape(-1)
+        H = H.masked_fill(_padded(pair, ids)[:, None], 0.0)
+        return H.new_zeros(H.shape[1], layer_shape(pair)[0]).index_add_(1, ids, H.mT)
+    return H.mT @ _input_rows(pair, x)
+
+
+def output_rows(pair: LoraPair, g: Tensor) -> Tensor:
+    """The gradient at the output as rows (N, d_out), in the order of `projected`."""
+    if pair.kind == "conv":
+        g = g.movedim(1, -1)
+    return g.reshape(-1, g.shape[-1])
+
+
+def _padded(pair: LoraPair, ids: Tensor) -> Tensor:
+    padding = getattr(base_layer(pair), "padding_idx", None)
+    return torch.zeros_like(ids, dtype=torch.bool) if padding is None else ids == padding
+
+
+def _input_rows(pair: LoraPair, x: Tensor) -> Tensor:
+    if pair.kind != "conv":
+        return x.reshape(-1, x.shape[-1])
+    conv = _convolution(pair)
+    if conv.groups > 1:
+        raise ValueError(f"{pair.name}: sketches need convolutions with groups=1, got groups={conv.groups}")
+    # the convolution whose output channels are the entries of the patch
+    shape = (conv.in_channels, *conv.kernel_size)
+    d_in = math.prod(shape)
+    eye = torch.eye(d_in, dtype=x.dtype, device=x.device).reshape(d_in, *shape)
+    return conv._conv_forward(x, eye, None).movedim(1, -1).reshape(-1, d_in)
+
+
+def _convolution(pair: LoraPair) -> Any:
+    # PEFT gives A the stride and padding of the base, but neither its dilation nor its padding mode: where those
+    # matter, what the adapter can do is follow the gradient of a kernel with its own
+    conv = next((m for m in (pair.owner("A"), base_layer(pair)) if isinstance(m, _ConvNd)), None)
+    if conv is None:
+        raise ValueError(f"{pair.name}: no convolution found under {type(pair.module).__name__}")
+    return conv
 
 
 def layer_shape(pair: LoraPair) -> tuple[int, int]:

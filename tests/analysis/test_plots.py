@@ -15,9 +15,11 @@ from curvopt.analysis import (
     fit_forgetting_law,
     plot_forgetting,
     plot_frontier,
+    plot_plan,
     plot_ranks,
     plot_spectra,
 )
+from curvopt.functional.ranks import allocate
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -174,3 +176,14 @@ def test_nothing_is_shown_and_no_backend_is_chosen(run):
 def test_bad_input(call, word):
     with pytest.raises(ValueError, match=word):
         call()
+
+
+def test_a_plan_has_a_bar_for_each_layer():
+    shapes = {"a": (8, 8), "b": (8, 8)}
+    spectra = {"a": [3.0, 1.0], "b": [1.0, 1.0]}
+    plan = allocate({"a": 1.0, "b": 3.0}, shapes, rank=2, min_rank=1, max_rank=3, spectra=spectra)
+    (axes,) = plot_plan(plan).axes
+    assert [bar.get_height() for bar in axes.patches] == [1, 3] and "gain 0.83" in axes.get_title()
+    assert [text.get_text() for text in axes.texts] == ["0.75", "1.00"]
+    with pytest.raises(ValueError, match="plan must have layers"):
+        plot_plan(allocate({}, {}, rank=2, min_rank=1, max_rank=3))

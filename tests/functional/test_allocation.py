@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -162,3 +163,75 @@ def test_a_budget_the_clamps_cannot_meet():
         allocate({"a": 1.0}, {"a": (4, 8)}, rank=8, min_rank=2, max_rank=32)
     with pytest.raises(ValueError, match="min_rank=9"):
         allocate({"a": 1.0}, {"a": (64, 64)}, rank=8, min_rank=9, max_rank=32)
+
+
+def brute_force(spectra, cost, low, top, budget):
+    best = -1.0
+    names = list(spectra)
+    for ranks in itertools.product(*(range(low, top + 1) for _ in names)):
+        if sum(cost[n] * r for n, r in zip(names, ranks, strict=True)) <= budget + 1e-9:
+            best = max(best, sum(sum(spectra[n][:r]) for n, r in zip(names, ranks, strict=True)))
+    return best
+
+
+def held(plan):
+    return sum(sum(plan.spectra[name][:r]) for name, r in plan.ranks.items())
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("equal", [True, False])
+def test_water_filling_is_optimal(seed, equal):
+    """Against all allocations; where costs differ, to within the largest direction."""
+    rng = random.Random(seed)
+    names = ["a", "b", "c", "d"]
+    spectra = {n: sorted((rng.expovariate(1.0) for _ in range(6)), reverse=True) for n in names}
+    shapes = {n: (10, 10) if equal else (rng.randint(6, 30), rng.randint(6, 30)) for n in names}
+    plan = allocate(
+        dict.fromkeys(names, 1.0), shapes, rank=3, min_rank=1, max_rank=6, allocation="spectrum", spectra=spectra
+    )
+    cost = {n: sum(shapes[n]) for n in names}
+    best = brute_force(spectra, cost, 1, 6, plan.budget)
+    assert plan.spent <= plan.budget
+    if equal:
+        assert held(plan) == pytest.approx(best, rel=1e-12)
+    else:
+        assert best - max(max(s) for s in spectra.values()) <= held(plan) <= best * (1 + 1e-12)
+    assert plan.gain() >= plan.gain(dict.fromkeys(names, 3)) or not equal
+
+
+def test_uniform_ranks_are_uniform():
+    shapes = {"a": (10, 20), "b": (3, 40), "c": (100, 10)}
+    plan = allocate({"a": 1.0, "b": 5.0, "c": 0.0}, shapes, rank=4, min_rank=2, max_rank=8, allocation="uniform")
+    assert plan.ranks == {"a": 4, "b": 3, "c": 4}  # b has no more directions
+
+
+@pytest.mark.parametrize("allocation", ["exact", "paper", "spectrum"])
+def test_groups_keep_their_budget(allocation):
+    """Importances of the second group a thousand times as large change nothing: it competes with itself alone."""
+    shapes = dict.fromkeys("abcd", (12, 20))
+    groups = {"a": "attn", "b": "attn", "c": "mlp", "d": "mlp"}
+    found = []
+    for factor in (1.0, 1000.0):
+        importances = {"a": 1.0, "b": 3.0, "c": 2.0 * factor, "d": 1.0 * factor}
+        spectra = {n: [v * 0.5**i for i in range(12)] for n, v in importances.items()}
+        found.append(allocate(
+            importances, shapes, rank=4, min_rank=1, max_rank=8, allocation=allocation, spectra=spectra, groups=groups
+        ))  # fmt: skip
+    assert found[0].ranks == found[1].ranks and found[0].ranks["a"] < found[0].ranks["b"]
+    spent = [sum(found[0].ranks[n] for n in label) for label in ("ab", "cd")]
+    assert spent == [8, 7 if allocation == "paper" else 8]  # 512 · 1/3 // 32 = 5 and 256 · 1/3 // 32 = 2
+    together = allocate(
+        found[1].importances, shapes, rank=4, min_rank=1, max_rank=8, allocation=allocation, spectra=found[1].spectra
+    )
+    assert together.ranks["a"] == together.ranks["b"] == 1  # the negative control
+
+
+def test_a_plan_is_a_table():
+    plan = allocate({"a": 1.0, "long.name": 3.0}, {"a": (8, 8), "long.name": (8, 8)}, rank=2, min_rank=1, max_rank=3,
+                    spectra={"a": [3.0, 1.0], "long.name": [1.0, 1.0]})  # fmt: skip
+    assert plan.ranks == {"a": 1, "long.name": 3} and plan.gain() == pytest.approx(5 / 6)
+    assert [row["gain"] for row in plan.rows()] == [0.75, 1.0]
+    text = str(plan)
+    assert text.splitlines()[1].split() == ["a", "1", "0.2500", "0.750"] and text.endswith(plan.summary())
+    with pytest.raises(ValueError, match="spectra must be measured"):
+        allocate({"a": 1.0}, {"a": (8, 8)}, rank=2, min_rank=1, max_rank=3).gain()

@@ -21,7 +21,11 @@ from curvopt.lora.gradients import (
     base_weight,
     columns_of,
     draw_rows,
+    gathered,
+    layer_gradient,
     layer_shape,
+    output_rows,
+    projected,
     rows_of,
     write_columns,
 )
@@ -86,7 +90,7 @@ def test_the_sum_is_the_gradient_of_the_base_weight(kind):
     W, G = base.weight, base.weight.grad
     if "Conv1D" in kind or "embedding" in kind:
         W, G = W.T, G.T
-    found = gradients.sums[pair]
+    found = gradients.sums[pair]["gradient"]
     assert found.dtype == torch.float64 and gradients.seen[pair] == 3
     if kind in OWN:
         assert not torch.allclose(found, G.flatten(1), rtol=1e-2)
@@ -109,7 +113,8 @@ def test_the_gradient_of_B_is_the_compressed_sum(kind):
     gradients = BaseGradients([pair])
     gradients.attach()
     model(inputs(kind)).square().mean().backward()
-    compressed = pair.scaling * gradients.sums[pair] @ rows_of(pair).T
+    gradients.commit()
+    compressed = pair.scaling * gradients.sums[pair]["gradient"] @ rows_of(pair).T
     torch.testing.assert_close(columns_of(pair, pair.B.grad), compressed, rtol=1e-10, atol=1e-14)
     write_columns(pair, compressed)
     assert torch.equal(columns_of(pair), compressed) and torch.equal(pair.B, pair.B.grad.new_tensor(pair.B.tolist()))
@@ -149,8 +154,9 @@ def test_layers_of_other_libraries(make):
     gradients.attach()
     weight = base_layer(pair).weight.requires_grad_()
     torch.tanh(layer(inputs("linear"))).square().mean().backward()
-    torch.testing.assert_close(gradients.sums[pair], weight.grad, rtol=1e-10, atol=1e-14)
-    compressed = pair.scaling * gradients.sums[pair] @ rows_of(pair).T
+    gradients.commit()
+    torch.testing.assert_close(gradients.sums[pair]["gradient"], weight.grad, rtol=1e-10, atol=1e-14)
+    compressed = pair.scaling * gradients.sums[pair]["gradient"] @ rows_of(pair).T
     torch.testing.assert_close(columns_of(pair, pair.B.grad), compressed, rtol=1e-10, atol=1e-14)
     assert torch.equal(base_weight(pair), weight)
 
@@ -165,7 +171,7 @@ def test_checkpointing_counts_once(reentrant):
         gradients.attach()
         models.loss(model, 0).backward()
         gradients.commit()
-        sums.append([gradients.sums[pair] for pair in pairs])
+        sums.append([gradients.sums[pair]["gradient"] for pair in pairs])
         assert [float(gradients.seen[pair]) for pair in pairs] == [1, 1, 1]
     assert all(torch.equal(one, two) for one, two in zip(*sums, strict=True))
 
@@ -188,6 +194,7 @@ def test_checkpointing_still_frees_the_inputs():
         gc.collect()
         held.append(seen[0]() is not None)
         y.sum().backward()
+        gradients.commit()
         assert gradients.sums
     assert held == [True, False]
 
@@ -198,7 +205,9 @@ def test_the_model_may_change_the_output_in_place():
     gradients.attach()
     base = model.layer.get_base_layer().weight.requires_grad_()
     F.relu(model.layer(inputs("linear")), inplace=True).square().mean().backward()
-    torch.testing.assert_close(next(iter(gradients.sums.values())), base.grad, rtol=1e-10, atol=1e-14)
+    gradients.commit()
+    (found,) = gradients.sums.values()
+    torch.testing.assert_close(found["gradient"], base.grad, rtol=1e-10, atol=1e-14)
 
 
 def test_only_a_backward_counts():
@@ -214,6 +223,12 @@ def test_only_a_backward_counts():
     assert not gradients.sums and not gradients.seen
 
 
+def one_step(model, gradients, i, factor=1.0):
+    model.zero_grad()
+    (model(inputs("linear", i)).square().mean() * factor).backward()
+    return gradients.commit()
+
+
 def test_what_is_not_finite_is_left_out():
     model = One("linear")
     (pair,) = find_lora_pairs(model)
@@ -223,51 +238,45 @@ def test_what_is_not_finite_is_left_out():
         gradients.attach()
         for i, factor in enumerate(factors):
             if factor is not None:
-                (model(inputs("linear", i)).square().mean() * factor).backward()
-                assert bool(gradients.broken[torch.device("cpu")]) == (factor != 1.0)
-            gradients.commit()
-        results.append((gradients.sums[pair], gradients.seen[pair]))
+                assert bool(one_step(model, gradients, i, factor)) == (factor != 1.0)
+        results.append((gradients.sums[pair]["gradient"], gradients.seen[pair]))
         gradients.remove()
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1] == 2
 
 
-def test_staged_sums_wait_for_the_verdict():
-    model = One("linear")
-    (pair,) = find_lora_pairs(model)
-    gradients = BaseGradients([pair])
-    gradients.attach()
-    gradients.staged = True
-    kept = 0.0
-    for i, (keep, scale) in enumerate([(True, 4.0), (False, 2.0), (True, 2.0)]):
-        loss = model(inputs("linear", i)).square().mean()
-        (loss * scale).backward()
-        gradients.commit(torch.tensor(keep), torch.tensor(scale))
-        alone = BaseGradients([pair])
-        alone.attach()
-        model(inputs("linear", i)).square().mean().backward()
-        kept = kept + (alone.sums[pair] if keep else 0.0)
-        alone.remove()
-        gradients.discard()  # what the second backward put there
-    torch.testing.assert_close(gradients.sums[pair], kept, rtol=1e-12, atol=1e-15)
-    assert gradients.seen[pair] == 2
+@pytest.mark.parametrize("factor", [1.0, 2.0**-10, 0.3, -1.0, 0.0])
+def test_what_gradients_were_multiplied_by_is_taken_over(factor):
+    """Unscaling, clipping, maximisation; 1 is exactly 1."""
+    found = []
+    for after in (factor, 1.0):
+        model = One("linear")
+        (pair,) = find_lora_pairs(model)
+        gradients = BaseGradients([pair])
+        gradients.attach()
+        model(inputs("linear")).square().mean().backward()
+        pair.B.grad.mul_(after)
+        gradients.commit()
+        found.append(gradients.sums[pair]["gradient"])
+    torch.testing.assert_close(found[0], factor * found[1], rtol=0 if factor == 1.0 else 1e-14, atol=0)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_16_bit_gradients_are_summed_in_float32(offload):
     model = One("linear").bfloat16()
     (pair,) = find_lora_pairs(model)
-    gradients = BaseGradients([pair], offload)
-    gradients.attach()
-    for _ in range(300):
-        model(inputs("linear").bfloat16()).float().mean().backward()
-    total = gradients.sums[pair]
-    assert total.dtype == torch.float32 and total.device.type == "cpu"
-    one = BaseGradients([pair])
-    gradients.remove()
-    one.attach()
-    model(inputs("linear").bfloat16()).float().mean().backward()
+    sums = []
+    for times in (300, 1):
+        gradients = BaseGradients([pair], offload)
+        gradients.attach()
+        for _ in range(times):
+            model.zero_grad()
+            model(inputs("linear").bfloat16()).float().mean().backward()
+            gradients.commit()
+        sums.append(gradients.sums[pair]["gradient"])
+        gradients.remove()
+    assert sums[0].dtype == torch.float32 and sums[0].device.type == "cpu"
     # 300 additions in float32; in bfloat16 the sum stops growing at 256 times its terms
-    torch.testing.assert_close(total, 300 * one.sums[pair], rtol=1e-4, atol=0)
+    torch.testing.assert_close(sums[0], 300 * sums[1], rtol=1e-4, atol=0)
 
 
 def test_modules_hold_no_reference():
@@ -277,6 +286,7 @@ def test_modules_hold_no_reference():
     alive = weakref.ref(gradients)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         copied(inputs("linear")).sum().backward()
+    gradients.commit()
     assert not gradients.sums
     del gradients
     gc.collect()
@@ -290,3 +300,17 @@ def test_a_layer_without_a_base_weight_is_named():
     (pair,) = find_lora_pairs(layer)
     with pytest.raises(ValueError, match=r"\(root\): no base weight of 5 × 6 entries"):
         base_weight(pair)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_projections_of_the_input_make_the_gradient(kind):
+    """gᵀ (X T) = Ḡ T and (gᵀ) X = Ḡ, with X never seen: also for patches, ids and padding."""
+    model = One(kind)
+    (pair,) = find_lora_pairs(model)
+    x = inputs(kind)
+    y = model.layer(x)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    G, rows = layer_gradient(pair, x, g), output_rows(pair, g)
+    T = torch.randn(G.shape[1], 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    torch.testing.assert_close(rows.mT @ projected(pair, x, T), G @ T, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gathered(pair, rows, x), G, rtol=1e-12, atol=1e-13)

@@ -97,7 +97,7 @@ def test_a_grad_scaler_changes_nothing(unscale):
     found = []
     for scaled in (True, False):
         model, loss = build("llama")
-        optimizer = GoRAInit(model, **{**SMALL, "calibration_steps": 4 if scaled else 3}, then=adamw)
+        optimizer = GoRAInit(model, **SMALL, then=adamw)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled, growth_interval=1000)
         for i in ["bad", 0, 1, 2, 3, 4] if scaled else range(5):
             optimizer.zero_grad()
@@ -108,7 +108,7 @@ def test_a_grad_scaler_changes_nothing(unscale):
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
-        assert optimizer.diagnostics()["dropped"] == scaled
+        assert optimizer.diagnostics()["dropped"] == 0  # the scaler did not call a step
         found.append((optimizer.plan, models.snapshot(model)))
     assert found[0][0].ranks == found[1][0].ranks
     models.assert_near(found[0][1], found[1][1], rtol=1e-6, atol=1e-9)  # sums in other units, then two steps of AdamW

@@ -114,3 +114,16 @@ def test_copies_go_on_by_themselves(steps, way):
     assert copied.plan == optimizer.plan
     models.assert_same(models.snapshot(model), models.snapshot(twin))
     assert models.hooks(model) == 0
+
+
+def test_a_checkpoint_of_other_ranks_says_what_to_do():
+    model, loss = build("llama")
+    run(GoRAInit(model, **SMALL), loss, 3)
+    fresh, _ = build("llama")
+    optimizer = GoRAInit(fresh, **SMALL)
+    with pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(base, checkpoint, is_trainable=True\)"):
+        fresh.load_state_dict(model.state_dict())
+    fresh.load_state_dict(build("llama")[0].state_dict())  # equal ranks load
+    optimizer.remove_hooks()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh.load_state_dict(model.state_dict())

@@ -11,6 +11,7 @@ from curvopt.distributed import all_reduce_sums, world_size
 from curvopt.functional import compute_dtype
 from curvopt.functional.gradient_init import compressed_start, frobenius, mean_abs, nuclear, step_size
 from curvopt.functional.ranks import RankPlan, allocate
+from curvopt.functional.whitening import Whitening, scaled_like, whitened_rows
 from curvopt.lora import LoraPair, resize_pair
 from curvopt.lora.gradients import (
     BaseGradients,
@@ -21,16 +22,38 @@ from curvopt.lora.gradients import (
     rows_of,
     write_columns,
 )
+from curvopt.optim.gora.products import FACTORS, Products
 
 IMPORTANCES = ("mean_abs", "frobenius", "nuclear", "grad_b")
-KEYS = ("gradient", "seen", "skipped", "importance")  # state of one pair, kept under its B
+STARTS = ("gora", "whitened", "whitened-random")
+COMPARED = ("all", "role")
+# state of one pair, kept under its B
+KEYS = ("gradient", "right", "left", *FACTORS, "seen", "skipped", "importance", "known",
+        "input_V", "input_w", "input_c", "output_V", "output_w", "output_c")  # fmt: skip
 
 
-def plan_for(pairs: Sequence[LoraPair], importances: Sequence[float], g: Mapping[str, Any]) -> RankPlan:
-    """Return the ranks that a param group's settings give pairs of these importances."""
+def plan_for(
+    pairs: Sequence[LoraPair],
+    importances: Sequence[float],
+    g: Mapping[str, Any],
+    spectra: Mapping[str, Sequence[float]] | None = None,
+) -> RankPlan:
+    """Return the ranks that a param group's settings give pairs of these importances and spectra."""
     shapes = {pair.name: layer_shape(pair) for pair in pairs}
     names = {key: g[key] for key in ("rank", "min_rank", "max_rank", "allocation", "budget_weight")}
-    return allocate(dict(zip(shapes, importances, strict=True)), shapes, **names)
+    groups = {pair.name: role(pair) for pair in pairs} if g["compare"] == "role" else None
+    return allocate(dict(zip(shapes, importances, strict=True)), shapes, **names, spectra=spectra, groups=groups)
+
+
+def role(pair: LoraPair) -> str:
+    """Return the name of the module that holds the layer, such as "self_attn" or "mlp"; numbers name nothing."""
+    words = [word for word in pair.path.split(".")[:-1] if not word.isdigit()]
+    return words[-1] if words else ""
+
+
+def largest_rank(g: Mapping[str, Any]) -> int:
+    """Return the largest rank that a plan under these settings may give."""
+    return int(g["rank"] if g["allocation"] == "uniform" else g["max_rank"])
 
 
 class Calibration:
@@ -38,28 +61,36 @@ class Calibration:
 
     Args:
         pairs: the pairs, in an order that every process shares.
-        importance: one of `IMPORTANCES`.
-        offload: keep sums of base gradients on the CPU.
+        g: settings, as in a param group of `GoRAInit`.
         group: processes to sum over at the end.
+        spectra: measure the spectra of R_g Ḡ R_x, whatever the settings need.
     """
 
     def __init__(
-        self, pairs: Sequence[LoraPair], importance: str, offload: bool, group: dist.ProcessGroup | None
+        self, pairs: Sequence[LoraPair], g: Mapping[str, Any], group: dist.ProcessGroup | None, spectra: bool = False
     ) -> None:
         self.pairs = list(pairs)
-        self.importance = importance
-        self._group = group
-        self.capture = None if importance == "grad_b" else BaseGradients(pairs, offload)
-        self._own_sums: dict[LoraPair, Tensor] = {}
+        self.importance = g["importance"]
+        self._g, self._group = g, group
+        ranked = g["allocation"] in ("exact", "paper")
+        sketch = spectra or g["start"] == "whitened" or g["allocation"] == "spectrum"
+        self.products = Products(
+            gradient=ranked or g["start"] == "gora", sketch=sketch,
+            factors=g["start"] == "whitened-random" and not sketch, largest=largest_rank(g),
+        )  # fmt: skip
+        hooks = self.importance != "grad_b" or not self.products.gradient or spectra
+        self.capture = BaseGradients(pairs, g["offload"], self.products, group) if hooks else None
+        self._own_sums: dict[LoraPair, dict[str, Tensor]] = {}
         self._own_seen: dict[LoraPair, Tensor] = {}
-        self.skipped = torch.zeros(())
+        self.skipped = torch.zeros((), dtype=torch.float32)
         self.last: dict[LoraPair, Tensor] = {}  # importances at the step before, for convergence
+        self.known: dict[LoraPair, Tensor] = {}  # steps that went into R_x and R_g, and not into the sketch
         if self.capture is not None:
             self.capture.attach()
 
     @property
-    def sums(self) -> dict[LoraPair, Tensor]:
-        """Σ gradients by pair: ``(d_out, d_in)``, or shaped like B for ``"grad_b"``."""
+    def sums(self) -> dict[LoraPair, dict[str, Tensor]]:
+        """Sums by pair and name; "gradient" is ``(d_out, d_in)``, or shaped like B for ``"grad_b"``."""
         return self._own_sums if self.capture is None else self.capture.sums
 
     @property
@@ -67,56 +98,57 @@ class Calibration:
         """Steps behind each sum, 0-d."""
         return self._own_seen if self.capture is None else self.capture.seen
 
-    @property
-    def staged(self) -> bool:
-        """Whether gradients wait beside the sums until their step is known to be finite."""
-        return self.capture is not None and self.capture.staged
-
     # ------------------------------------------------------------------ step by step
 
-    def record(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        """Take in the gradients of one step, divided by the loss scale, and count it if anything was not finite."""
-        if self.capture is None:
-            self._record_b(found_inf, grad_scale)
-            return
-        flags = [flag.to(self.skipped.device) for flag in self.capture.broken.values()]
-        flags += [] if found_inf is None else [found_inf.bool().any().to(self.skipped.device)]
-        if flags:
-            self.skipped = self.skipped + torch.stack(flags).any()
-        if found_inf is not None and grad_scale is None:
-            grad_scale = self._unscaled_by()
-        # only a GradScaler drops a step after its backward: from then on what came waits beside the sums
-        self.capture.commit(None if found_inf is None else ~found_inf.bool().any(), grad_scale)
-        self.capture.staged = self.capture.staged or found_inf is not None
+    def record(self) -> None:
+        """Take in the gradients of one step, and count it if anything was not finite.
 
-    def _unscaled_by(self) -> Tensor:
-        """Return by what ∂L/∂B has been divided since the backward, as least squares of s G Aᵀ over all layers say it.
-
-        After ``scaler.unscale_`` nobody tells the loss scale, which the hooks have seen; clipping is in it as well.
+        Raises:
+            ValueError: a backward with ``create_graph=True`` went through a layer.
         """
-        parts: list[Tensor] = []
-        for pair, G in () if self.capture is None else self.capture.fresh().items():
-            if pair.B.grad is not None:
-                C = pair.scaling * G.to(pair.B.device) @ rows_of(pair).mT.to(G.dtype)
-                held = columns_of(pair, pair.B.grad).to(C.dtype)
-                parts.append(torch.stack([C.square().sum(), (C * held).sum()]).to(self.skipped.device))
-        total = torch.stack(parts).double().sum(0) if parts else torch.zeros(2, dtype=torch.float64)
-        return torch.where(total[1] > 0, total[0] / total[1], 1.0)
-
-    def _record_b(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        live = [(pair, pair.B.grad) for pair in self.pairs if pair.B.grad is not None]
-        flags = [(~grad.isfinite().all()).to(self.skipped.device) for _, grad in live]
-        flags += [] if found_inf is None else [found_inf.bool().any().to(self.skipped.device)]
-        if not flags:
+        if self.capture is None:
+            self._record_b()
             return
+        if self.capture.differentiable:
+            name = self.capture.differentiable
+            self.capture.discard()
+            raise ValueError(
+                f"importance must be 'grad_b' where a backward runs with create_graph=True (through {name}): the "
+                "gradient of a base weight that is differentiated again is not what passes through its layer"
+            )
+        self.skipped = self.skipped + self.capture.commit().to(self.skipped.device)
+        if self.products.sketch:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Fix R_x and R_g of the layers that were reached for the first time, alike in all processes."""
+        new = [pair for pair in self.pairs if pair not in self.products.maps]
+        if not new:
+            return
+        seen = self._seen_anywhere(new)
+        for pair, hit in zip(new, (seen > 0).tolist(), strict=True):
+            if hit:
+                self._sum_over_processes(pair, FACTORS)
+                own = self.sums[pair]
+                self.products.learn(pair, own)
+                for name in FACTORS:
+                    del own[name]
+                self.known[pair] = self.seen.get(pair, torch.zeros((), dtype=torch.float32)).clone()
+
+    def _record_b(self) -> None:
+        live = [(pair, pair.B.grad) for pair in self.pairs if pair.B.grad is not None]
+        if not live:
+            return
+        flags = [(~grad.isfinite().all()).to(self.skipped.device) for _, grad in live]
         broken = torch.stack(flags).any()
         self.skipped = self.skipped + broken
         for pair, grad in live:
             bad = broken.to(grad.device)
             part = grad.to(compute_dtype(grad.dtype), copy=True)
-            part = torch.where(bad, 0.0, part if grad_scale is None else part / grad_scale.to(grad.device))
-            self._own_sums[pair] = self._own_sums[pair].add_(part) if pair in self._own_sums else part
-            self._own_seen[pair] = self._own_seen.get(pair, torch.zeros((), device=bad.device)) + ~bad
+            part = torch.where(bad, 0.0, part)
+            held = self._own_sums.setdefault(pair, {})
+            held["gradient"] = held["gradient"].add_(part) if held else part
+            self._own_seen[pair] = (~bad).float() + self._own_seen.get(pair, 0.0)
 
     def start_anew(self, changed: Sequence[LoraPair], generator: torch.Generator | None) -> int:
         """Set B to zero in ``changed``, and draw A where it is zero and B's gradient is wanted (PEFT's embeddings).
@@ -135,8 +167,9 @@ class Calibration:
 
     def forget(self) -> None:
         """Forget all that was summed."""
-        for held in (self.sums, self.seen, self.last):
+        for held in (self.sums, self.seen, self.last, self.known):
             held.clear()
+        self.products.forget()
         if self.capture is not None:
             self.capture.forget()
 
@@ -144,20 +177,28 @@ class Calibration:
         """Put views of everything into the optimizer's state, under each B."""
         for pair in self.pairs:
             if pair in self.seen:
-                own = {"gradient": self.sums[pair], "seen": self.seen[pair], "skipped": self.skipped}
-                states[pair.B].update(own | ({"importance": self.last[pair]} if pair in self.last else {}))
+                own = {**self.sums.get(pair, {}), "seen": self.seen[pair], "skipped": self.skipped}
+                own |= {"importance": self.last[pair]} if pair in self.last else {}
+                if pair in self.products.maps:
+                    own["known"] = self.known[pair]
+                    for side, R in zip(("input", "output"), self.products.maps[pair], strict=True):
+                        own |= {f"{side}_V": R.V, f"{side}_w": R.w, f"{side}_c": R.c}
+                states[pair.B] = own
 
-    def load(self, states: Mapping[Tensor, dict[str, Any]], staged: bool) -> None:
+    def load(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Take over what `save` has put there."""
-        if self.capture is not None:
-            self.capture.staged = staged
         for pair in self.pairs:
             state = states.get(pair.B, {})
-            if "gradient" in state:
-                self.sums[pair], self.seen[pair] = state["gradient"], state["seen"]
-                self.skipped = state["skipped"].to(self.skipped.device)
+            if "seen" in state:
+                self.sums[pair] = {k: state[k] for k in ("gradient", "right", "left", *FACTORS) if k in state}
+                self.seen[pair] = state["seen"]
+                self.skipped = state["skipped"].to(self.skipped)
             if "importance" in state:
                 self.last[pair] = state["importance"]
+            if "known" in state:
+                self.known[pair] = state["known"]
+                R = [Whitening(*(state[f"{side}_{part}"] for part in "Vwc")) for side in ("input", "output")]
+                self.products.maps[pair] = (R[0], R[1])
 
     def restore(
         self,
@@ -167,11 +208,12 @@ class Calibration:
     ) -> None:
         """Put sums that were saved parameter by parameter back into the state, and take them over."""
         params = [p for g in groups for p in g["params"]]
+        summed = ("gradient", "right", "left", *FACTORS)
         for p, kept in zip(params, sums, strict=True):
             for key, value in kept.items():
-                device = "cpu" if key == "gradient" and groups[0]["offload"] else p.device
+                device = "cpu" if key in summed and groups[0]["offload"] else p.device
                 states[p][key] = value.to(device, copy=True)
-        self.load(states, groups[0]["staged"])
+        self.load(states)
 
     # ------------------------------------------------------------------ at the end
 
@@ -179,9 +221,7 @@ class Calibration:
         """Whether some step had a finite gradient in some process. ValueError if one had, but not in every layer."""
         if not pairs:
             raise ValueError("all adapters were frozen during the calibration: none is left to start")
-        device = pairs[0].B.device
-        seen = torch.stack([self.seen.get(pair, torch.zeros(())).to(device, copy=True) for pair in pairs])
-        all_reduce_sums([seen], self._group)
+        seen = self._seen_anywhere(pairs)
         reached = (seen > 0).tolist()
         never = [pair.name for pair, hit in zip(pairs, reached, strict=True) if not hit]
         if never and any(reached):
@@ -191,24 +231,67 @@ class Calibration:
             )
         return not never
 
+    def _seen_anywhere(self, pairs: Sequence[LoraPair]) -> Tensor:
+        """Return by pair the steps of all processes whose gradients are in the sums, without those that made R."""
+        none = torch.zeros((), dtype=torch.float32)
+        counts = [self.seen.get(pair, none).to(pairs[0].B.device) - self.known.get(pair, none).to(pairs[0].B.device)
+                  for pair in pairs]  # fmt: skip
+        seen = torch.stack(counts)
+        all_reduce_sums([seen], self._group)
+        return seen
+
     def reduce(self, pairs: Sequence[LoraPair]) -> None:
         """Sum over the processes, a layer at a time."""
+        for pair in pairs:
+            self._sum_over_processes(pair, self._names(pair))
+            for counts in (self.seen, self.known):
+                if pair in counts or (counts is self.seen and world_size(self._group) > 1):
+                    total = counts.get(pair, torch.zeros((), dtype=torch.float32)).to(pair.B.device, copy=True)
+                    all_reduce_sums([total], self._group)
+                    counts[pair] = total
+            if self.products.factors:
+                self.products.learn(pair, self.sums[pair])
+
+    def _names(self, pair: LoraPair) -> list[str]:
+        """Return what is summed of a pair now, alike in all processes."""
+        names = ["gradient"] if self.capture is None or self.products.gradient else []
+        if self.products.sketch and pair in self.products.maps:
+            names += ["right", "left"]
+        return [*names, *(FACTORS if self.products.factors else ())]
+
+    def _sum_over_processes(self, pair: LoraPair, names: Sequence[str]) -> None:
         if world_size(self._group) == 1:
             return
-        for pair in pairs:
-            d_in, d_out = layer_shape(pair)
-            device, dtype = pair.B.device, compute_dtype(pair.B.dtype)
-            empty = torch.zeros(pair.B.shape if self.capture is None else (d_out, d_in), dtype=dtype)
-            held = self.sums.get(pair, empty)
-            seen = self.seen.get(pair, torch.zeros(())).to(device, copy=True)
-            total = held.to(device, dtype, copy=True)
-            all_reduce_sums([total, seen], self._group)
-            self.sums[pair], self.seen[pair] = total.to(held.device), seen
+        d_in, d_out = layer_shape(pair)
+        left, right = self.products.tests(pair)
+        (m, l), dtype = (left.shape[1], right.shape[1]), compute_dtype(pair.B.dtype)
+        shapes: dict[str, Any] = {
+            "gradient": pair.B.shape if self.capture is None else (d_out, d_in), "right": (d_out, l), "left": (m, d_in),
+            "input_sketch": (d_in, l), "output_sketch": (d_out, m), "traces": (2,),
+        }  # fmt: skip
+        own = self.sums.setdefault(pair, {})
+        for name in names:
+            held = own.get(name, torch.zeros(shapes[name], dtype=dtype))
+            total = held.to(pair.B.device, dtype, copy=True)
+            all_reduce_sums([total], self._group)
+            own[name] = total.to(held.device)
 
     def mean(self, pair: LoraPair) -> Tensor:
         """Return the mean gradient over the steps that are in it, on the device of the pair."""
-        total = self.sums[pair].to(pair.B.device)
+        total = self.sums[pair]["gradient"].to(pair.B.device)
         return total / self.seen[pair].to(total.device).clamp(min=1)
+
+    def spectrum(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+        """Return σ and V of R_g Ḡ R_x with Ḡ the mean over the steps behind the sketch."""
+        steps = (self.seen[pair].to(pair.B.device) - self.known[pair].to(pair.B.device)).clamp(min=1)
+        own = self.sums[pair]
+        return self.products.spectrum(pair, {k: own[k].to(pair.B.device) / steps for k in ("right", "left")})
+
+    def spectra(self, pairs: Sequence[LoraPair]) -> dict[str, list[float]] | None:
+        """Return σ² by name; None if the settings need no sketch."""
+        if not self.products.sketch:
+            return None
+        return {pair.name: self.spectrum(pair)[0].square().tolist() for pair in pairs}
 
     def importances(self, pairs: Sequence[LoraPair], generator: torch.Generator | None) -> list[Tensor]:
         """Return I_l of each pair as 0-d float64, the same in every process."""
@@ -218,8 +301,8 @@ class Calibration:
         return list((values / world_size(self._group)).unbind())
 
     def _importance(self, pair: LoraPair, generator: torch.Generator | None) -> Tensor:
-        if pair not in self.sums:
-            return torch.zeros(())
+        if "gradient" not in self.sums.get(pair, {}):
+            return torch.zeros((), dtype=torch.float64)
         G = self.mean(pair)
         if self.importance == "mean_abs":
             return mean_abs(base_weight(pair).to(G.device), G)
@@ -252,9 +335,26 @@ class Calibration:
         share_rows(pairs, self._group)
         starts = {}
         for pair in pairs:
-            starts[pair] = self._start(pair, ranks[pair.name], before[pair])
-            del self.sums[pair]
+            if g["start"] == "gora":
+                starts[pair] = self._start(pair, ranks[pair.name], before[pair])
+            else:
+                self._whiten(pair, ranks[pair.name], g["start"] == "whitened")
+                starts[pair] = torch.zeros(layer_shape(pair)[1], ranks[pair.name], device=pair.B.device)
+            self.sums.pop(pair, None)
+        if g["start"] != "gora":
+            share_rows(pairs, self._group)  # decompositions of equal numbers may differ by rounding
         return starts
+
+    def _whiten(self, pair: LoraPair, rank: int, aimed: bool) -> None:
+        """Write A's start into its first rows: Vᵀ R_x, or the rows that are there times R_x; the norm stays."""
+        A, (R_x, _) = rows_of(pair)[:rank], self.products.maps[pair]
+        if aimed:
+            sigma, V = self.spectrum(pair)
+            new = whitened_rows(V, sigma, A, R_x)
+        else:
+            new = scaled_like(R_x(A.double()), A.double())
+        place = pair.A.data.movedim(pair.dim_A, 0)[:rank]
+        place.copy_(new.reshape(place.shape))
 
     def _start(self, pair: LoraPair, rank: int, scaling: float) -> Tensor:
         """B₀ from the first rows of A as they are now; ``scaling`` is s at the time of the gradients."""

@@ -12,11 +12,11 @@ from curvopt.lora import LoraPair
 from curvopt.lora.gradients import base_layer, layer_shape
 from curvopt.lora.resize import check_resize
 from curvopt.optim.checking import check, is_number, is_whole
-from curvopt.optim.gora.calibration import IMPORTANCES, plan_for
+from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, largest_rank, plan_for
 
 # one budget for all groups, so they must agree on everything but the learning rate
 SHARED = ("rank", "min_rank", "max_rank", "calibration_steps", "init_lr", "importance", "allocation", "budget_weight",
-          "convergence", "offload", "keep_scaling", "resize", "reset")  # fmt: skip
+          "convergence", "offload", "keep_scaling", "resize", "reset", "start", "compare")  # fmt: skip
 
 
 def check_group(g: dict[str, Any]) -> None:
@@ -25,7 +25,10 @@ def check_group(g: dict[str, Any]) -> None:
     check("lr", lr, is_number(lr) and (isinstance(lr, Tensor) or lr >= 0), "a number ≥ 0")
     above = is_number(reference) and (isinstance(reference, Tensor) or reference > 0)
     check("lr", reference, above, "a number > 0: it is what schedules are relative to")
-    choices = {"importance": IMPORTANCES, "allocation": ALLOCATIONS, "budget_weight": tuple(BUDGET_WEIGHTS)}
+    choices = {
+        "importance": IMPORTANCES, "start": STARTS, "compare": COMPARED, "allocation": ALLOCATIONS,
+        "budget_weight": tuple(BUDGET_WEIGHTS),
+    }  # fmt: skip
     for name, allowed in choices.items():
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
     for name in ("rank", "min_rank", "max_rank", "calibration_steps"):
@@ -33,6 +36,14 @@ def check_group(g: dict[str, Any]) -> None:
     check("min_rank", g["min_rank"], g["min_rank"] <= g["max_rank"], f"at most max_rank ({g['max_rank']})")
     within = g["min_rank"] <= g["rank"] <= g["max_rank"]
     check("rank", g["rank"], within, f"between min_rank ({g['min_rank']}) and max_rank ({g['max_rank']})")
+    ranked = g["allocation"] in ("exact", "paper")
+    mixed = g["importance"] == "grad_b" and (g["start"] != "gora" or g["allocation"] == "spectrum") and ranked
+    mixed = mixed or (g["importance"] == "grad_b" and g["allocation"] == "spectrum")
+    unmixed = "'mean_abs', 'frobenius' or 'nuclear' with a whitened start or allocation='spectrum'"
+    check("importance", g["importance"], not mixed, unmixed)
+    sketch = g["start"] == "whitened" or g["allocation"] == "spectrum"
+    enough = not sketch or g["calibration_steps"] >= 2
+    check("calibration_steps", g["calibration_steps"], enough, "at least 2: the first batch measures R_x and R_g alone")
     init_lr = g["init_lr"]
     check("init_lr", init_lr, init_lr == "auto" or (_plain(init_lr) and init_lr >= 0), "a number ≥ 0 or 'auto'")
     limit = g["convergence"]
@@ -59,16 +70,17 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
     allowed = "False around DistributedDataParallel, which holds on to shapes; or calibrate first and wrap then"
     check("resize", g["resize"], not (g["resize"] and wrapped), allowed)
     for pair in pairs:
-        named = pair.module is not None or g["importance"] == "grad_b"
+        named = pair.module is not None or (g["importance"] == "grad_b" and g["start"] == "gora")
         allowed = f"'grad_b' where parameters come without their model ({pair.name})"
         check("importance", g["importance"], named, allowed)
-        seen = g["importance"] != "mean_abs" or base_layer(pair) is not None
+        weighed = g["importance"] == "mean_abs" and g["allocation"] in ("exact", "paper")
+        seen = not weighed or base_layer(pair) is not None
         allowed = f"'frobenius', 'nuclear' or 'grad_b' where no base weight is found ({pair.name})"
         check("importance", g["importance"], seen, allowed)
         if g["resize"]:
             check_resize(pair, pair.rank)
-    if g["allocation"] == "exact":
-        plan_for(pairs, [1.0] * len(pairs), g)
+    if g["allocation"] in ("exact", "spectrum"):
+        plan_for(pairs, [1.0] * len(pairs), g, {pair.name: [] for pair in pairs})
 
 
 def check_start(g: dict[str, Any], pairs: Sequence[LoraPair]) -> list[LoraPair]:
@@ -77,7 +89,7 @@ def check_start(g: dict[str, Any], pairs: Sequence[LoraPair]) -> list[LoraPair]:
         whole = not hasattr(pair.B, "full_tensor")
         check(f"B of {pair.name}", type(pair.B).__name__, whole, "a plain tensor: calibrate before sharding")
         kept = g["importance"] == "grad_b" or not g["resize"]
-        most = min(g["max_rank"], *layer_shape(pair))
+        most = min(largest_rank(g), *layer_shape(pair))
         allowed = f"at most the rank built if importance is 'grad_b' or resize is False ({pair.name}: {pair.rank})"
         check("max_rank", g["max_rank"], not kept or most <= pair.rank, allowed)
         check(f"scaling of {pair.name}", pair.scaling, pair.scaling != 0, "a number other than 0")

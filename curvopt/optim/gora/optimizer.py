@@ -1,8 +1,9 @@
 """GoRAInit: a few batches decide the rank and the start of every adapter; then another optimizer goes on."""
 
 import copy
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvopt.functional.ranks import RankPlan
-from curvopt.lora import LoraPair
+from curvopt.lora import LoraPair, describe_search
 from curvopt.optim.base import PairedOptimizer
 from curvopt.optim.checking import check
 from curvopt.optim.gora import checks, handover
 from curvopt.optim.gora.calibration import KEYS, Calibration, plan_for, write_start
+from curvopt.optim.locator import describe_names
 
 log = logging.getLogger(__name__)
+BETAS = (0.9, 0.999)  # for schedulers that cycle momentum; only edits of it reach the delegate
 AT_LEAST = 3  # steps before `convergence` may end the calibration
 
 
@@ -38,9 +41,18 @@ class GoRAInit(PairedOptimizer):
         max_rank: ... or more; or more than min(d_in, d_out), to which ``min_rank`` yields too.
         calibration_steps: n, calls of ``step``; those dropped as not finite count.
         init_lr: lr₀ ≥ 0, or ``"auto"``: of `GRID` the one with the least loss on the last batch; needs ``closure``.
+        start: ``"gora"``: B₀ above. ``"whitened"`` (our derivation): B = 0 and A ← (r leading right singular vectors of
+            R_g Ḡ R_x) R_x with the norm LoRA gave it, R = (S / mean diag S + 0.01)^(-1/2) of the second moments of x
+            and g; from sketches, so that no sum is larger than an adapter of rank ``max_rank`` or 64, and nothing is
+            asked of the base weight. The first batch gives R_x and R_g, the others Ḡ. ``"whitened-random"``: B = 0
+            and A ← A R_x.
+        compare: ``"all"`` layers share one budget; ``"role"``: layers whose parents have the same name (``self_attn``,
+            ``mlp``) share the budget of their uniform ranks, so that importances of like layers are compared.
         importance: ``"mean_abs"``, GoRA's; ``"frobenius"`` or ``"nuclear"`` norm of Ḡ; ``"grad_b"``: ‖∂L/∂B‖, which
             needs no Ḡ, but adapters built with the largest rank they may get.
-        allocation: ``"exact"`` spends the budget; ``"paper"`` has the official rounding.
+        allocation: ``"exact"`` spends the budget by importance; ``"paper"`` has the official rounding; ``"uniform"``
+            gives all layers ``rank``; ``"spectrum"`` buys the largest squared singular values of R_g Ḡ R_x for their
+            parameters. The latter two look at no importance.
         budget_weight: f: ``"linear"``, ``"sqrt"`` or ``"log1p"``.
         convergence: stop early, after 3 steps or more, when all importances moved by less than this, relatively
             (published: 0.1); computes them at every step. None: never.
@@ -60,9 +72,12 @@ class GoRAInit(PairedOptimizer):
         process_group: processes to average over; None for the default group, if there is one.
         model: the module to search when ``params`` are groups of tensors.
 
-    Adapters whose forward is not the plain one (DoRA and other variants) and frozen ones are left as they are. A
-    contribution that is not finite is dropped: with ``"grad_b"`` or a GradScaler the whole batch, else what the layers
-    concerned saw of it. Σ Ḡ takes 4 bytes per weight of the adapted layers (twice that under a GradScaler).
+    Adapters whose forward is not the plain one (DoRA and other variants) and frozen ones are left as they are. A step
+    whose gradients are not finite is dropped: with ``"grad_b"`` all of it, else what the layers concerned saw of it.
+    Gradients count as they stand in ``.grad`` at ``step``: unscaled and clipped if the loop does so, and not at all if
+    they were dropped before. Σ Ḡ takes 4 bytes per weight of the adapted layers, twice that during a step.
+    After the hand-over, what is edited in the groups of this optimizer (``weight_decay``, ``betas``; schedulers that
+    cycle momentum) is written into the delegate's groups, where these have such a setting.
     ``state_dict`` in the middle of the calibration has all of it; afterwards it has the delegate's.
 
     Raises:
@@ -76,6 +91,7 @@ class GoRAInit(PairedOptimizer):
     _process_group: dist.ProcessGroup | None = None
     _generator: torch.Generator | None = None
     _small = frozenset(KEYS)
+    _measure_spectra = False
 
     def __init__(
         self,
@@ -89,6 +105,8 @@ class GoRAInit(PairedOptimizer):
         importance: str = "mean_abs",
         allocation: str = "exact",
         budget_weight: str = "linear",
+        start: str = "gora",
+        compare: str = "all",
         convergence: float | None = None,
         offload: bool = False,
         then: Callable[[Any], torch.optim.Optimizer] | None = None,
@@ -104,18 +122,96 @@ class GoRAInit(PairedOptimizer):
         check("then", then, then is None or callable(then), "a callable that takes the model, or None")
         self._then = then
         self._generator, self._process_group = generator, process_group
+        self._steps = 0
         self._plan: RankPlan | None = None
+        self._passed: list[dict[str, Any]] = []  # settings of our groups as the delegate knows them
         self._delegate: torch.optim.Optimizer | None = None
         defaults = {
             "lr": lr, "rank": rank, "min_rank": min_rank, "max_rank": max_rank,
             "calibration_steps": calibration_steps, "init_lr": init_lr, "importance": importance,
             "allocation": allocation, "budget_weight": budget_weight, "convergence": convergence, "offload": offload,
-            "keep_scaling": keep_scaling, "resize": resize, "reset": reset, "clock": 0, "staged": False,
+            "keep_scaling": keep_scaling, "resize": resize, "reset": reset, "start": start, "compare": compare,
+            "betas": BETAS,
         }  # fmt: skip
-        super().__init__(params, defaults, model=model, adapter=adapter)
+        super().__init__(params, defaults, model=model, adapter=adapter, require_pairs=False)
+        if not self._pairs:
+            found = describe_names(self.param_groups) if self._model is None else describe_search(self._model)
+            raise ValueError(f"no LoRA pair found: {found}. Pass the model that holds the adapters")
         if then is not None and self._model is None:
             self._release()
             raise ValueError("then needs the model: pass it as params, or as model=")
+
+    @classmethod
+    def paper(
+        cls, params: Any, *, delegate_lr: float = 5e-5, loraplus_ratio: float = 16.0, **overrides: Any
+    ) -> "GoRAInit":
+        """Return GoRA as published: its ranks, rounding, start and learning rates.
+
+        Sets ``rank=8``, ``min_rank=4``, ``max_rank=32``, ``calibration_steps=32``, ``init_lr=5e-2``,
+        ``importance="mean_abs"``, ``start="gora"``, ``allocation="paper"``, ``budget_weight="linear"``,
+        ``keep_scaling=False``, and as ``then`` AdamW without decay whose B learns ``loraplus_ratio`` times as fast as
+        everything else (LoRA+). Yours to add: ``use_rslora=True`` in the LoraConfig, adapters on the attention's four
+        projections alone, float32, and a warm-up over 3 % of the steps. Not reproduced: the sign of the official code,
+        which adds Ḡ where the paper subtracts it; here the loss drops at the start.
+
+        Args:
+            params: as for the class.
+            delegate_lr: learning rate of A; published: 2e-5 to 5e-5.
+            loraplus_ratio: that of B over that of A.
+            overrides: arguments of the class instead of these.
+        """
+        then = functools.partial(handover.loraplus, lr=delegate_lr, ratio=loraplus_ratio)
+        settings: dict[str, Any] = {
+            "rank": 8, "min_rank": 4, "max_rank": 32, "calibration_steps": 32, "init_lr": 5e-2, "start": "gora",
+            "importance": "mean_abs", "allocation": "paper", "budget_weight": "linear", "keep_scaling": False,
+            "then": then,
+        }  # fmt: skip
+        return cls(params, **{**settings, **overrides})
+
+    @classmethod
+    def plan_only(
+        cls, model: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any], **settings: Any
+    ) -> RankPlan:
+        """Return the ranks that a calibration would give, with the spectra behind them; the model stays as it is.
+
+        Forward and backward passes run on ``model`` in its present mode. Gradients, buffers and torch's random state
+        are put back, and B need not be zero: Ḡ is then the gradient at the weights as adapted so far.
+
+        Args:
+            model: with adapters; it need not be fresh.
+            loss: returns the 0-d loss of a batch.
+            batches: at least two; the first measures R_x and R_g alone.
+            settings: arguments of the class; not ``then``, ``calibration_steps``, or ``importance="grad_b"``.
+
+        Returns:
+            The plan: print it, or look at ``plan.rows()``, ``plan.gain()`` and ``plan.gain(other_ranks)``.
+
+        Raises:
+            ValueError: a setting out of range, or fewer than two batches with finite gradients.
+        """
+        check("importance", settings.get("importance"), settings.get("importance") != "grad_b", "one that needs no B")
+        grads = {p: p.grad for p in model.parameters()}
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        devices = {p.device.index for p in grads if p.device.type == "cuda"}
+        probe = _Probe(model, **settings)
+        try:
+            with torch.random.fork_rng(devices=list(devices)):
+                for batch in batches:
+                    for p in grads:
+                        p.grad = None
+                    with torch.enable_grad():
+                        loss(batch).backward()
+                    with torch.no_grad():
+                        probe.look()
+                with torch.no_grad():
+                    return probe.conclude()
+        finally:
+            probe.remove_hooks()
+            for p, grad in grads.items():
+                p.grad = grad
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
 
     # ------------------------------------------------------------------ what a user reads
 
@@ -145,35 +241,32 @@ class GoRAInit(PairedOptimizer):
         treated = {pair.name for pair in self._treated()}
         return {
             "ready": self.ready,
-            "steps": self.param_groups[0]["clock"],
+            "steps": self._steps,
             "dropped": int(self._dropped if self.ready else self._calibration.skipped),
             "left_out": [pair.name for pair in self._pairs if pair.name not in treated],
         }
 
     # ------------------------------------------------------------------ the step
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        return not self.ready or getattr(self._delegate, "_step_supports_amp_scaling", False)
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Calibrate, or let the delegate step; returns what ``closure`` returned, if given."""
         if self.ready:
+            if self._delegate is not None:
+                self._passed = handover.pass_on(self._delegate, self, self._passed)
             return handover.delegate_step(self._delegate, self, closure)
         g = self.param_groups[0]
         if g["init_lr"] == "auto" and closure is None:
             raise ValueError("init_lr='auto' evaluates the loss again: call step(closure), or give a number")
         loss = self._evaluate(closure)
         with torch.no_grad():
-            if g["clock"] == 0 and not self._begin():
+            if self._steps == 0 and not self._begin():
                 return loss
-            self._calibration.record(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
-            for group in self.param_groups:
-                group.update(clock=group["clock"] + 1, staged=self._calibration.staged)
-            log.info("calibration step %d of %d", g["clock"], g["calibration_steps"])
+            self._calibration.record()
+            self._steps += 1
+            log.info("calibration step %d of %d", self._steps, g["calibration_steps"])
             settled = g["convergence"] is not None and self._calibration.settled(g["convergence"], self._generator)
             self._calibration.save(self.state)
-            if g["clock"] >= g["calibration_steps"] or (settled and g["clock"] >= AT_LEAST):
+            if self._steps >= g["calibration_steps"] or (settled and self._steps >= AT_LEAST):
                 self._finish(closure)
         return loss
 
@@ -190,20 +283,35 @@ class GoRAInit(PairedOptimizer):
         g, calibration = self.param_groups[0], self._calibration
         pairs = [pair for pair in calibration.pairs if pair.b_trainable]
         if not calibration.complete(pairs):
-            log.warning("none of %d calibration steps had a finite gradient; going on", g["clock"])
+            log.warning("none of %d calibration steps had a finite gradient; going on", self._steps)
             return
         calibration.reduce(pairs)  # Σ Ḡ over processes
-        plan = plan_for(pairs, torch.stack(calibration.importances(pairs, self._generator)).tolist(), g)
+        plan = self._decide(pairs)
         starts = calibration.place(pairs, plan.ranks, g, self._generator)  # ranks and A; B₀ for lr₀ = 1
         self._close(plan)
         init_lr = g["init_lr"]
-        if init_lr == "auto" and closure is not None:
+        if init_lr == "auto" and g["start"] != "gora":
+            init_lr = 0.0  # B is zero
+        elif init_lr == "auto" and closure is not None:
             init_lr = handover.best_of(self.GRID, starts, closure, self._process_group)
             super().zero_grad()
         for pair, start in starts.items():
             write_start(pair, start, init_lr)
-        log.info("%s, init_lr %g", plan, init_lr)
+        log.info("%s, init_lr %g", plan.summary(), init_lr)
+        self._hand_over()
+
+    def _decide(self, pairs: Sequence[LoraPair]) -> RankPlan:
+        """Return ranks from what was summed, the same in every process."""
+        importances = torch.stack(self._calibration.importances(pairs, self._generator)).tolist()
+        return plan_for(pairs, importances, self.param_groups[0], self._calibration.spectra(pairs))
+
+    def _hand_over(self) -> None:
+        """Build the delegate; what was edited in our groups before is its own from now on."""
         self._delegate = handover.build(self._then, self._model)
+        if self._delegate is not None:
+            self._passed = handover.pass_on(
+                self._delegate, self, [handover.settings(self.defaults) for _ in self.param_groups]
+            )
 
     def _close(self, plan: RankPlan) -> None:
         """End the calibration: no hooks, no sums."""
@@ -234,7 +342,7 @@ class GoRAInit(PairedOptimizer):
         """Return torch's state_dict, and under ``"gora"`` the plan and the delegate's; plain tensors and numbers."""
         delegate = None if self._delegate is None else self._delegate.state_dict()
         plan = None if self._plan is None else asdict(self._plan)
-        return {**super().state_dict(), "gora": {"plan": plan, "delegate": delegate}}
+        return {**super().state_dict(), "gora": {"plan": plan, "delegate": delegate, "steps": self._steps}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does; a state after the hand-over resizes the adapters and builds the delegate first.
@@ -252,17 +360,19 @@ class GoRAInit(PairedOptimizer):
             self._calibration.forget()
             self.state.clear()
         super().load_state_dict(saved.groups)
+        self._steps = saved.steps
         if saved.plan is None:
             self._calibration.restore(saved.sums, self.param_groups, self.state)
         elif not self.ready:
             handover.resize(self._pairs, saved.plan, self.param_groups[0])
             self._close(saved.plan)
-            self._delegate = handover.build(self._then, self._model)
+            self._hand_over()
         if self._delegate is not None and saved.delegate is not None:
             self._delegate.load_state_dict(copy.copy(saved.delegate))
+            self._passed = [handover.settings(g) for g in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__.get(key) for key in ("_then", "_plan", "_delegate", "_dropped")}
+        own = {key: self.__dict__.get(key) for key in ("_then", "_plan", "_delegate", "_dropped", "_steps", "_passed")}
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -291,10 +401,31 @@ class GoRAInit(PairedOptimizer):
         super()._index_pairs()
         if not self.ready:
             g = self.param_groups[0]
-            self._calibration = Calibration(self._treated(), g["importance"], g["offload"], self._process_group)
-            self._calibration.load(self.state, g["staged"])
+            self._calibration = Calibration(self._treated(), g, self._process_group, self._measure_spectra)
+            self._calibration.load(self.state)
+            self._guards = handover.watch_loading(self, self._pairs) if g["resize"] else []
 
     def _release(self) -> None:
         calibration = self.__dict__.get("_calibration")
         if calibration is not None and calibration.capture is not None:
             calibration.capture.remove()
+        for guard in self.__dict__.pop("_guards", ()):
+            guard.remove()
+
+
+class _Probe(GoRAInit):
+    """A calibration that decides and does nothing."""
+
+    _measure_spectra = True
+
+    def look(self) -> None:
+        """Take in the gradients of one batch."""
+        self._calibration.record()
+
+    def conclude(self) -> RankPlan:
+        """Return the plan."""
+        pairs = [pair for pair in self._calibration.pairs if pair.b_trainable]
+        if not self._calibration.complete(pairs):
+            raise ValueError("batches must be at least 2 with finite gradients: the first measures R_x and R_g alone")
+        self._calibration.reduce(pairs)
+        return self._decide(pairs)

@@ -1,0 +1,83 @@
+"""Starts and ranks before training: no start, GoRA's, and the whitened ones, with AdamW and GritKFAC after them.
+
+    python benchmarks/gora_starts.py                # resumes where results/gora_starts.csv ends
+
+The learning rate of a task is the one that quality.py chose for the optimizer without a start. 8 of the run's steps are
+the calibration. Rows go to results/gora_starts.csv, curves beside it.
+"""
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from contestants import Contestant, Optimizers, adamw, gora, grit
+from harness import RESULTS, read_csv, spread
+from tasks import TASKS, Task
+from torch import nn
+from training import SEARCH_SEED, Log
+
+THEN = {"AdamW": adamw(), "GritKFAC": grit()}
+STARTS: dict[str, dict[str, Any]] = {
+    "whitened": {"start": "whitened", "allocation": "uniform"},
+    "whitened-random": {"start": "whitened-random", "allocation": "uniform"},
+    "whitened, spectrum": {"start": "whitened", "allocation": "spectrum"},
+    "GoRA uniform": {"start": "gora", "allocation": "uniform", "init_lr": "auto"},
+}
+
+
+def started(then: Callable[..., Optimizers], **settings: Any) -> Callable[..., Optimizers]:
+    """GoRAInit with settings, whose calibration takes the first 8 of the run's steps."""
+
+    def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+        from curvopt import GoRAInit
+
+        bounds = {"rank": task.rank, "min_rank": task.rank // 2, "max_rank": 4 * task.rank}
+        return [GoRAInit(model, **bounds, calibration_steps=8, **settings,
+                         then=lambda ready: then(task, ready, lr, steps)[0])]  # fmt: skip
+
+    return make
+
+
+def contestants(name: str) -> dict[str, Contestant]:
+    """Return by label an optimizer without a start and after each."""
+    then = THEN[name]
+    found = {name: Contestant(then), f"GoRA + {name}": Contestant(gora(then))}
+    return found | {f"{start} + {name}": Contestant(started(then, **kw)) for start, kw in STARTS.items()}
+
+
+def rate(task: str, name: str) -> float:
+    """Return the learning rate that the quality benchmark reports for an optimizer."""
+    rows = read_csv(RESULTS / "quality.csv")
+    return next(float(r["lr"]) for r in rows if (r["task"], r["optimizer"]) == (task, name) and r["seed"] > SEARCH_SEED)
+
+
+def main() -> None:
+    """Run what is missing, and print the means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["headers", "language"], choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="labels; all by default")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gora_starts.csv")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    log = Log(args.out)
+    for task in args.tasks:
+        for seed in range(SEARCH_SEED + 1, SEARCH_SEED + 1 + args.seeds):
+            for name in THEN:
+                for label, contestant in contestants(name).items():
+                    if args.only is None or label in args.only:
+                        log.get(task, label, contestant, rate(task, name), seed)
+    for task in args.tasks:
+        for label in dict.fromkeys(row["optimizer"] for row in log.rows if row["task"] == task):
+            rows = [row for row in log.rows if (row["task"], row["optimizer"]) == (task, label)]
+            print(task, label, spread([row["valid"] for row in rows]), spread([row["test"] for row in rows]), len(rows))
+    print(statistics.fmean(row["seconds"] for row in log.rows), "seconds a run")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""GoRAInit where loops are not plain: dropped batches, several backward passes, schedulers, half precision."""
+
+import pytest
+import torch
+from situations_kit import X, Y, build, loss, weights
+from torch import nn
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+
+from curvopt import GoRAInit
+
+SET = {"rank": 3, "min_rank": 1, "max_rank": 6, "calibration_steps": 2}
+DROPS = {
+    "model.zero_grad": lambda model, optimizer: model.zero_grad(),
+    "in place": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "optimizer.zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "by hand": lambda model, optimizer: [setattr(p, "grad", None) for p in model.parameters()],
+}
+KINDS = {
+    "gora": {},
+    "grad_b": {"importance": "grad_b", "max_rank": 4},
+    "whitened": {"start": "whitened", "allocation": "spectrum", "calibration_steps": 3},
+}
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def result(spoil, kind="gora", steps=None, after=None):
+    """Plan and weights after a calibration; ``spoil(model, optimizer)`` comes before each batch."""
+    torch.manual_seed(3)
+    model = build(0)
+    optimizer = GoRAInit(model, **{**SET, **KINDS[kind]})
+    torch.manual_seed(4)
+    for i in range(steps or optimizer.param_groups[0]["calibration_steps"]):
+        optimizer.zero_grad()
+        spoil(model, optimizer)
+        loss(model, X.roll(i, 0)).backward()
+        if after is not None:
+            after(model, optimizer)
+        optimizer.step()
+    assert optimizer.ready
+    return optimizer.plan, weights(model)
+
+
+def same(one, two, rtol=0.0):
+    assert one[0].ranks == two[0].ranks
+    for name, p in one[1].items():
+        torch.testing.assert_close(p, two[1][name], rtol=rtol, atol=rtol * 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drop", DROPS)
+def test_a_dropped_batch_leaves_no_trace(drop, kind):
+    def spoil(model, optimizer):
+        (1e4 * loss(model)).backward()
+        DROPS[drop](model, optimizer)
+
+    same(result(spoil, kind), result(lambda m, o: None, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_was_kept_leaves_one(kind):
+    """The negative control."""
+    kept = result(lambda m, o: (1e4 * loss(m)).backward(), kind)
+    clean = result(lambda m, o: None, kind)
+    assert any(not torch.equal(p, clean[1][name]) for name, p in kept[1].items())
+
+
+def test_gradients_dropped_right_before_the_step_are_not_counted():
+    model = build(0)
+    optimizer = GoRAInit(model, **SET)
+    (1e4 * loss(model)).backward()
+    model.zero_grad()
+    optimizer.step()
+    loss(model).backward()
+    optimizer.step()
+    twin = build(0)
+    once = GoRAInit(twin, **{**SET, "calibration_steps": 1})
+    loss(twin).backward()
+    once.step()
+    assert optimizer.plan == once.plan
+
+
+def test_a_backward_that_broke_off_leaves_nothing():
+    """An out-of-memory error inside the backward: what came by then belongs to no gradient."""
+
+    def spoil(model, optimizer):
+        def broken(g):
+            raise RuntimeError("out of memory")
+
+        y = model.base_model.model[:2](X)
+        y.register_hook(broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.base_model.model[2:](y).square().sum().mul(1e4).backward()
+        model.zero_grad()
+
+    same(result(spoil), result(lambda m, o: None))
+
+
+def sum_of_two(model, way):
+    y = model(X)
+    one, two = nn.functional.cross_entropy(y, Y), y.square().mean()
+    if way == "sum":
+        (one + two).backward()
+    elif way == "two passes":
+        one.backward(retain_graph=True)
+        two.backward()
+    else:
+        torch.autograd.grad(one, [p for p in model.parameters() if p.requires_grad], retain_graph=True)
+        (one + two).backward()
+
+
+@pytest.mark.parametrize("way", ["two passes", "autograd.grad first"])
+def test_several_backward_passes_over_one_graph_are_that_of_their_sum(way):
+    found = []
+    for each in ("sum", way):
+        model = build(0)
+        optimizer = GoRAInit(model, **SET)
+        for _ in range(2):
+            optimizer.zero_grad()
+            sum_of_two(model, each)
+            optimizer.step()
+        found.append((optimizer.plan, weights(model)))
+    same(*found, rtol=1e-9)  # two orders of summation of float64 products
+
+
+def test_a_penalty_by_autograd_grad_on_another_graph_counts_nothing():
+    def spoil(model, optimizer):
+        torch.autograd.grad(1e4 * loss(model), [p for p in model.parameters() if p.requires_grad])
+
+    same(result(spoil), result(lambda m, o: None))
+
+
+def force_loss(model):
+    x = X.clone().requires_grad_()
+    (force,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return force.square().mean()
+
+
+def test_a_gradient_that_is_differentiated_again_is_refused_by_hooks_and_right_from_B():
+    model = build(0)
+    optimizer = GoRAInit(model, **SET)
+    force_loss(model).backward()
+    with pytest.raises(ValueError, match="importance must be 'grad_b' where a backward runs with create_graph=True"):
+        optimizer.step()
+    optimizer = GoRAInit(model, **{**SET, **KINDS["grad_b"], "calibration_steps": 1})
+    model.zero_grad()
+    before = force_loss(model)
+    before.backward()
+    optimizer.step()
+    assert force_loss(model) < before
+
+
+def test_clipping_acts_on_the_mean_gradient_as_on_that_of_B():
+    def clip(model, optimizer):
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1e-3)
+
+    fixed = {"rank": 4, "min_rank": 4, "max_rank": 4, "calibration_steps": 2}
+    found = []
+    for importance in ("frobenius", "grad_b"):
+        model = build(0)
+        optimizer = GoRAInit(model, **fixed, importance=importance)
+        for i in range(2):
+            optimizer.zero_grad()
+            loss(model, X.roll(i, 0)).backward()
+            clip(model, optimizer)
+            optimizer.step()
+        found.append((optimizer.plan, weights(model)))
+    same(*found, rtol=1e-8)
+
+
+def test_steps_are_counted_beyond_256_under_a_bf16_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for importance in ("frobenius", "grad_b"):
+            model = build(0)
+            optimizer = GoRAInit(model, **{**SET, "max_rank": 4, "calibration_steps": 400}, importance=importance)
+            for _ in range(300):
+                optimizer.zero_grad()
+                loss(model).backward()
+                optimizer.step()
+            seen = [state["seen"] for state in optimizer.state.values() if "seen" in state]
+            assert seen and all(float(n) == 300 for n in seen)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("sgd", [False, True], ids=["betas", "momentum"])
+@pytest.mark.parametrize("cls", [OneCycleLR, CyclicLR])
+def test_schedulers_that_cycle_momentum_reach_the_delegate(cls, sgd):
+    model = build(0)
+    params = [p for p in model.parameters() if p.requires_grad]
+    made = (lambda m: torch.optim.SGD(params, lr=0.1, momentum=0.5)) if sgd else adamw
+    optimizer = GoRAInit(model, **SET, then=made)
+    schedule = OneCycleLR(optimizer, 1.0, 12) if cls is OneCycleLR else CyclicLR(optimizer, 0.1, 1.0, 3)
+    seen = set()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss(model).backward()
+        wanted = optimizer.param_groups[0]["betas"][0]
+        optimizer.step()
+        if optimizer.delegate is not None and optimizer.ready:
+            g = optimizer.delegate.param_groups[0]
+            assert (g["momentum"] if sgd else g["betas"][0]) == wanted
+            seen.add(wanted)
+        schedule.step()
+    assert len(seen) > 3
+
+
+def test_what_is_edited_in_a_group_reaches_the_delegate_and_what_is_not_does_not():
+    model = build(0)
+    optimizer = GoRAInit(model, **SET, then=adamw)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    g = optimizer.delegate.param_groups[0]
+    assert g["betas"] == (0.9, 0.999) and g["weight_decay"] == 0.01
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    g["eps"] = 1e-5  # its own groups may be edited, too
+    optimizer.step()
+    assert g["weight_decay"] == 0.5 and g["eps"] == 1e-5
+    g["weight_decay"] = 0.25
+    optimizer.step()
+    assert g["weight_decay"] == 0.25
+
+
+def test_no_adapters_is_said_without_advice_that_does_not_apply():
+    with pytest.raises(ValueError, match="no LoRA pair found") as error:
+        GoRAInit(nn.Linear(4, 4))
+    assert "require_pairs" not in str(error.value)
+
+
+def test_groups_hold_nothing_internal_and_old_states_load():
+    model = build(0)
+    optimizer = GoRAInit(model, **{**SET, "calibration_steps": 3})
+    assert not {"clock", "staged"} & optimizer.param_groups[0].keys()
+    loss(model).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    old = {**saved, "gora": {"plan": None, "delegate": None},
+           "param_groups": [{**g, "clock": 1, "staged": False} for g in saved["param_groups"]]}  # fmt: skip
+    for state in (saved, old):
+        again = GoRAInit(build(0), **{**SET, "calibration_steps": 3})
+        again.load_state_dict(state)
+        assert again.diagnostics()["steps"] == 1 and "clock" not in again.param_groups[0]
