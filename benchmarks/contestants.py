@@ -123,7 +123,10 @@ def _natural(task: Any, model: nn.Module, lr: float, steps: int) -> Optimizers:
 
 CONTESTANTS: dict[str, Contestant] = {
     "AdamW": Contestant(adamw()),
+    "AdamW (0.7, 0.99)": Contestant(adamw(betas=(0.7, 0.99))),
     "GritKFAC": Contestant(grit()),
+    "GritKFAC (0.9, 0.999)": Contestant(grit(betas=(0.9, 0.999))),
+    "GritKFAC, no outer factors": Contestant(grit(outer_rank=0)),
     "GritKFAC eigen": Contestant(grit(update="eigen")),
     "GritKFAC, ranks": Contestant(grit_ranks(0.99)),
     "GoRA + AdamW": Contestant(gora(adamw())),

@@ -26,7 +26,7 @@ START = {
     "language": 8e-3, "headers": 8e-3, "headers32": 8e-3, "sentences": 4e-3, "digits": 8e-3, "regression": 1.6e-2,
 }  # fmt: skip
 # the optimizers that also run with fewer steps
-SHORTER = ("AdamW", "GritKFAC", "GoRA + AdamW", "GoRA + GritKFAC")
+SHORTER = ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "GoRA + AdamW", "GoRA + GritKFAC")
 
 
 def best_rate(log: Log, task: str, name: str, contestant: Contestant) -> float:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--optimizers", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--horizons", type=float, nargs="*", default=[0.8, 0.6], help="shares of the steps, see above")
+    parser.add_argument("--horizons", type=float, nargs="*", default=[0.8, 0.7, 0.6], help="shares of the steps")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.csv")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()

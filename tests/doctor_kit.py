@@ -1,14 +1,13 @@
 """Short runs for the doctor, and the one finding of a kind."""
 
 import models
-
-from curvopt import GritKFAC
+from grit_kit import rank_side
 
 
 def trained(steps=4, model=None, **settings):
     """A run of a few steps, and its optimizer."""
     model = models.llama() if model is None else model
-    optimizer = GritKFAC(model, **{"lr": 1e-2, **settings})
+    optimizer = rank_side(model, **{"lr": 1e-2, **settings})
     models.fit(model, optimizer, steps)
     return model, optimizer
 

@@ -16,6 +16,11 @@ EXACT = {"rtol": 1e-11, "atol": 1e-14}
 WIDE = {"width": 12, "r": 6}
 
 
+def rank_side(*args, **settings):
+    """GritKFAC with the r×r factors alone, observed by activations, at the betas of torch's AdamW."""
+    return GritKFAC(*args, **{"statistics": "activation", "outer_rank": 0, "betas": (0.9, 0.999), **settings})
+
+
 def observed_backward(model, i, rows=6):
     """Run one backward pass and return, layer by layer, explicit uᵀu / N and N dᵀd from autograd."""
     for layer in model.layers:
@@ -43,7 +48,7 @@ def fork(model, optimizer, fresh, **edits):
     """Return (model, optimizer) that stand where these stand, with some settings changed from here on."""
     twin = models.copied_into(model, fresh)
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-    other = GritKFAC(twin, **settings)
+    other = rank_side(twin, **settings)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other.param_groups[0].update(edits)
     return twin, other
@@ -52,7 +57,7 @@ def fork(model, optimizer, fresh, **edits):
 def stepped(dtype=torch.float64, begin=3, **settings):
     """Train to just before a reprojection, then take that step with and without it: the two ends of one step."""
     model = models.mlp(dtype, **WIDE)
-    optimizer = GritKFAC(model, lr=1e-2, inverse_every=2, min_rank=1, **settings)
+    optimizer = rank_side(model, lr=1e-2, inverse_every=2, min_rank=1, **settings)
     models.fit(model, optimizer, begin)
     twin, other = fork(model, optimizer, models.mlp(dtype, **WIDE))
     optimizer.param_groups[0]["reproject_every"] = begin + 1
@@ -69,7 +74,7 @@ def cut(rule="eigen", dtype=torch.float64, steps=12, build=models.mlp, **setting
     """A model of which directions have been masked, and its optimizer; from here on ranks stay."""
     model = build(dtype, **WIDE) if build is models.mlp else build(dtype)
     settings = {"reproject_every": 3, "rank_threshold": 0.7, "min_rank": 1, "weight_decay": 0.1, **settings}
-    optimizer = GritKFAC(model, lr=1e-2, update=rule, inverse_every=2, **settings)
+    optimizer = rank_side(model, lr=1e-2, update=rule, inverse_every=2, **settings)
     models.fit(model, optimizer, steps)
     optimizer.param_groups[0]["reproject_every"] = 0
     return model, optimizer

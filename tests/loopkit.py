@@ -53,13 +53,18 @@ def freeze_idle(model: nn.Module) -> None:
 
 def grit(model: nn.Module) -> GritKFAC:
     """What GoRAInit hands over to."""
-    return GritKFAC(model, lr=1e-2, inverse_every=2)
+    return GritKFAC(model, lr=1e-2, statistics="activation", inverse_every=2)
 
 
 # it has no learning rate of its own, takes all trainable adapters at once, and with the handover come new hooks
 NOT_GORA = ("`modules_to_save`", "several adapters in turn", "frozen A", "`torch.compile`")
 OPTIMIZERS = [
-    Make(GritKFAC, {"lr": 1e-2, **MOVING}, {"inverse_every": 1, "reproject_every": 0}, observes=True),
+    Make(
+        GritKFAC,
+        {"lr": 1e-2, **MOVING},
+        {"inverse_every": 1, "reproject_every": 0, "statistics": "activation"},
+        observes=True,
+    ),
     Make(MatryoshkaScaledAdam, {"lr": 1e-2, "weight_decay": 0.1}),
     Make(GoRAInit, {"rank": 2, "min_rank": 1, "max_rank": 3, "calibration_steps": 2, "reset": True, "resize": False,
                     "then": grit}, not_in=NOT_GORA, prepare=freeze_idle),

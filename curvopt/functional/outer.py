@@ -59,7 +59,13 @@ def cosine_rows(k: int, d: int, begin: int = 0, end: int | None = None) -> Tenso
 
 
 def outer_map(
-    products: Tensor, mu: Tensor, trace: Tensor, d: Tensor, decay: float, damping: float | Tensor, found_inf: Tensor
+    products: Tensor,
+    mu: Tensor,
+    trace: Tensor,
+    d: Tensor,
+    decay: float | Tensor,
+    damping: float | Tensor,
+    found_inf: Tensor,
 ) -> OuterMap:
     """Advance T outer factors by one gradient each, and return what preconditions these gradients.
 
@@ -71,7 +77,7 @@ def outer_map(
         mu: ``[T, k]`` eigenvalues of S along V, in the same dtype.
         trace: ``[T]`` of S.
         d: ``[T]`` number of columns of G, ``d ≥ k``.
-        decay: β in [0, 1).
+        decay: β in [0, 1), or a 0-d tensor.
         damping: λ > 0; a 0-d tensor is read on its device.
         found_inf: 0-d float; non-zero: nothing changes.
     """

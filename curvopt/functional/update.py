@@ -321,7 +321,8 @@ class Rule:
         coordinates: from the matrix to the map C that takes a gradient to where the moments live; None: they live in
             plain coordinates.
         turns: whether the moments are mapped along when the matrix is made anew.
-        acting: what acts on a gradient along eigenvectors of Ŝ, from the eigenvalues and those of Ŝ + λI.
+        acting: what acts on a gradient along eigenvectors of Ŝ, from the eigenvalues and those of Ŝ + λI; the former
+            where it is a basis that acts, or nothing.
         damps: whether λ is the rule's own, and not its matrix'.
         shared: how many numbers a matrix of rank r sums over the processes that hold its pieces.
     """
@@ -364,7 +365,7 @@ RULES = {
     rule.name: rule
     for rule in (
         Rule(
-            "polar", polar_update, None, None, None, False, lambda values, damped: torch.ones_like(values),
+            "polar", polar_update, None, None, None, False, lambda values, damped: values,
             damps=True, shared=lambda r: r * r,
         ),
         Rule("eigen", eigen_update, "eigenbasis", "basis", _transposed, True, lambda values, damped: values),

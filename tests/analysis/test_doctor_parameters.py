@@ -7,10 +7,10 @@ import models
 import pytest
 import torch
 from doctor_kit import found, trained
+from grit_kit import rank_side
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from curvopt import GritKFAC
 from curvopt.analysis import doctor
 
 # ------------------------------------------------------------------------------------------------- pairs
@@ -18,7 +18,7 @@ from curvopt.analysis import doctor
 
 def test_no_pairs():
     model = nn.Linear(4, 4)
-    optimizer = GritKFAC(model, require_pairs=False)
+    optimizer = rank_side(model, require_pairs=False)
     finding = found(doctor(model, optimizer), "no pairs")
     assert finding.severity == "error" and "lora_A" in finding.what and "pass the model" in finding.todo
 
@@ -27,7 +27,7 @@ def test_unpaired_layers_and_why():
     torch.manual_seed(0)
     base = nn.ModuleDict({"fc": nn.Linear(8, 8), "attn": nn.MultiheadAttention(8, 2)})
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["fc", "attn"]))
-    finding = found(doctor(model, GritKFAC(model)), "unpaired layers")
+    finding = found(doctor(model, rank_side(model)), "unpaired layers")
     assert finding.severity == "warning" and "MultiheadAttention" in finding.what
     assert any("attn" in name for name in finding.pairs)
 
@@ -57,7 +57,7 @@ def replace(model):
 def test_stale_parameters(kind):
     model = models.llama()
     own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(own) if kind == "adamw" else GritKFAC(own, statistics="gradient")
+    optimizer = torch.optim.AdamW(own) if kind == "adamw" else rank_side(own, statistics="gradient")
     assert "stale parameters" not in doctor(model, optimizer).kinds()
     name = replace(model)
     finding = found(doctor(model, optimizer), "stale parameters")
@@ -66,7 +66,7 @@ def test_stale_parameters(kind):
 
 def test_the_optimizer_of_a_copy():
     model = models.llama()
-    optimizer = GritKFAC(model)
+    optimizer = rank_side(model)
     finding = found(doctor(copy.deepcopy(model), optimizer), "stale parameters")
     assert finding.severity == "error" and len(finding.pairs) == 2 * len(optimizer.pairs)
 
@@ -84,7 +84,7 @@ def test_replaced_parameters_that_the_next_step_follows():
 def test_forgotten_parameters():
     model = models.mlp()
     pairs = [p for layer in model.layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
-    optimizer = GritKFAC([{"params": pairs}], model=model)
+    optimizer = rank_side([{"params": pairs}], model=model)
     finding = found(doctor(model, optimizer), "forgotten parameters")
     assert finding.severity == "warning" and "head.weight" in finding.pairs
 

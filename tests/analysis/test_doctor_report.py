@@ -6,9 +6,9 @@ import models
 import pytest
 import torch
 from doctor_kit import trained
+from grit_kit import rank_side
 from torch import nn
 
-from curvopt import GritKFAC
 from curvopt.analysis import doctor
 from curvopt.analysis.checks import check_curvature
 from curvopt.analysis.doctor import state_bytes
@@ -37,7 +37,7 @@ def test_a_healthy_run_has_no_finding(healthy):
 def test_other_healthy_settings(settings):
     model, named = models.llama(), settings.get("params") == "named"
     own = {key: value for key, value in settings.items() if key != "params"}
-    optimizer = GritKFAC(model.named_parameters() if named else model, lr=1e-2, **own)
+    optimizer = rank_side(model.named_parameters() if named else model, lr=1e-2, **own)
     models.fit(model, optimizer, 4)
     assert doctor(model, optimizer).findings == []
 

@@ -8,10 +8,11 @@ import models
 import pytest
 import torch
 from doctor_kit import found, trained
+from grit_kit import rank_side
 from torch import nn
 from torch.nn import functional as F
 
-from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
+from curvopt import GoRAInit, MatryoshkaScaledAdam
 from curvopt.analysis import doctor
 
 # ------------------------------------------------------------------------------------------------- curvature
@@ -46,7 +47,7 @@ def test_removed_hooks():
 
 def test_gradient_statistics_where_there_is_no_module():
     model = models.mixed()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     models.fit(model, optimizer, 3)
     notes = [f for f in doctor(model, optimizer).findings if f.kind == "gradient statistics"]
     assert {f.severity for f in notes} == {"note"}
@@ -102,7 +103,7 @@ def test_skipped_updates():
 
 def test_pairs_without_gradients():
     model = models.mlp()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     models.fit(model, optimizer, 3)
     report = doctor(model, optimizer)
     assert report.kinds() == {"no gradient"} and found(report, "no gradient").pairs == ("idle",)
@@ -121,7 +122,7 @@ def test_zero_update():
 # ------------------------------------------------------------------------------------------------- settings
 
 FIGHTS = {
-    "settings: threshold without reprojection": {"rank_threshold": 0.9},
+    "settings: threshold without reprojection": {"rank_threshold": 0.9, "reproject_every": 0},
     "settings: reprojection off": {"reproject_every": 2, "reprojection": None},
     "settings: no rank to give up": {"reproject_every": 2, "rank_threshold": 0.9, "min_rank": 4},
     "settings: matrices without news": {"factor_every": 10, "inverse_every": 2},
@@ -152,7 +153,7 @@ def test_clipping_is_fine_for_others(healthy):
 def test_gora_before_and_after_it_hands_over():
     model = models.llama()
     optimizer = GoRAInit(
-        model, calibration_steps=2, rank=4, min_rank=2, max_rank=8, then=lambda m: GritKFAC(m, lr=1e-3)
+        model, calibration_steps=2, rank=4, min_rank=2, max_rank=8, then=lambda m: rank_side(m, lr=1e-3)
     )
     models.fit(model, optimizer, 1)
     report = doctor(model, optimizer)

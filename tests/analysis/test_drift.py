@@ -5,11 +5,11 @@ import math
 import models
 import pytest
 import torch
+from grit_kit import rank_side
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import few, generator, orthogonal, random_spd, seeds
 
-from curvopt import GritKFAC
 from curvopt.analysis import drift
 from curvopt.analysis.core import core_of
 from curvopt.analysis.drift import pair_drift, principal_angles
@@ -129,7 +129,7 @@ def test_principal_angles_of_two_planes(angle):
 
 def test_of_a_run():
     model = models.llama(torch.float64)
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     assert drift(optimizer).norm == 0 and drift(optimizer).rho_align is None
     models.fit(model, optimizer, 3)
     found = drift(optimizer)

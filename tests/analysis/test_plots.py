@@ -4,11 +4,11 @@ import math
 
 import models
 import pytest
+from grit_kit import rank_side
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from curvopt import GritKFAC
 from curvopt.analysis import (
     Recorder,
     effective_rank,
@@ -45,7 +45,7 @@ def record(step, layers, r=16, words=PROJECTIONS):
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "run.jsonl"
     model = models.llama()
-    optimizer = GritKFAC(model, lr=1e-2, reproject_every=1, rank_threshold=0.7, min_rank=1)
+    optimizer = rank_side(model, lr=1e-2, reproject_every=1, rank_threshold=0.7, min_rank=1)
     recorder = Recorder(path)
     for step in range(1, 6):
         (loss,) = models.fit(model, optimizer, 1, begin=step)

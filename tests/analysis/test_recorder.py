@@ -8,8 +8,8 @@ import types
 import models
 import pytest
 import torch
+from grit_kit import rank_side
 
-from curvopt import GritKFAC
 from curvopt.analysis import Recorder, drift, spectra
 
 
@@ -24,7 +24,7 @@ def path(tmp_path):
 
 def run(path, steps, every=1, begin=1, **settings):
     model = models.llama()
-    optimizer = GritKFAC(model, lr=1e-2, **settings)
+    optimizer = rank_side(model, lr=1e-2, **settings)
     recorder = Recorder(path, every)
     for step in range(begin, begin + steps):
         (loss,) = models.fit(model, optimizer, 1, begin=step)
@@ -61,7 +61,7 @@ def test_only_due_steps(path):
 
 def test_steps_are_the_optimizers_own_or_counted(path):
     model = models.mlp()
-    optimizer = GritKFAC(model)
+    optimizer = rank_side(model)
     models.fit(model, optimizer, 5)
     Recorder(path).record(optimizer)
     assert Recorder.read(path)[-1]["step"] == 5
@@ -138,7 +138,7 @@ def test_a_plain_optimizer_with_its_model(path):
 
 def test_scalars_alone(path):
     model, optimizer = models.mlp(), None
-    optimizer = GritKFAC(model)
+    optimizer = rank_side(model)
     Recorder(path, spectra=False).record(optimizer, 1, loss=1.0)
     (record,) = Recorder.read(path)
     assert "pairs" not in record and record["skipped_updates"] == 0
@@ -186,7 +186,7 @@ class Writer:
 def test_tensorboard_gets_scalars_drift_and_ranks(path, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     model = models.llama()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     models.fit(model, optimizer, 2)
     with Recorder(path, tensorboard=tmp_path) as recorder:
         recorder.record(optimizer, 2, loss=0.5)

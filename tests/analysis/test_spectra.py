@@ -5,12 +5,13 @@ import math
 import models
 import pytest
 import torch
+from grit_kit import rank_side
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import few, generator, orthogonal, random_spd, seeds
 from torch import nn
 
-from curvopt import GritKFAC, find_lora_pairs
+from curvopt import find_lora_pairs
 from curvopt.analysis import effective_rank, spectra
 from curvopt.analysis.core import core_of, known_factors, layer_of, observe
 from curvopt.analysis.spectra import cumulative, spectrum
@@ -97,7 +98,7 @@ def test_layer_and_projection(name, expected):
 
 def test_of_an_optimizer_a_model_and_pairs():
     model = models.llama(torch.float64, start="random")
-    optimizer = GritKFAC(model, lr=1e-3)
+    optimizer = rank_side(model, lr=1e-3)
     models.fit(model, optimizer, 2)
     by_optimizer, by_model, by_pairs = spectra(optimizer), spectra(model), spectra(find_lora_pairs(model))
     assert [s.singular for s in by_optimizer] == [s.singular for s in by_model] == [s.singular for s in by_pairs]
@@ -110,7 +111,7 @@ def test_of_an_optimizer_a_model_and_pairs():
 
 def test_masked_directions_are_left_out():
     model = models.llama(torch.float64, start="random")
-    optimizer = GritKFAC(model, lr=1e-3, reproject_every=1, rank_threshold=0.5, min_rank=1)
+    optimizer = rank_side(model, lr=1e-3, reproject_every=1, rank_threshold=0.5, min_rank=1)
     models.fit(model, optimizer, 4)
     found = spectra(optimizer)
     assert {s.name: s.rank for s in found} == optimizer.ranks()
@@ -137,7 +138,7 @@ def test_a_plain_optimizer_has_no_pairs_to_offer():
 
 def test_weight_statistics_are_no_curvature():
     model = models.mlp()
-    optimizer = GritKFAC(model, statistics="weight", update="adam")
+    optimizer = rank_side(model, statistics="weight", update="adam")
     models.fit(model, optimizer, 2)
     assert known_factors(optimizer) == {} and all(s.energy is None for s in spectra(optimizer))
 
@@ -149,7 +150,7 @@ def test_observe_is_what_the_optimizer_sees():
     """One batch, first step: the average of the optimizer is that observation itself."""
     model = models.mlp(torch.float64)
     seen = observe(model, [0], models.loss)
-    optimizer = GritKFAC(model)
+    optimizer = rank_side(model)
     models.loss(model, 0).backward()
     optimizer.step()
     expected = known_factors(optimizer)

@@ -115,7 +115,7 @@ def strata(world):
 def bytes_sent(world, patch):
     """Return what each step sent and what the optimizer says a step sends."""
     model = processes.ddp(models.llama(start="random"), world)
-    optimizer = GritKFAC(model, lr=3e-3, process_group=world.group, factor_every=2)
+    optimizer = GritKFAC(model, lr=3e-3, statistics="activation", process_group=world.group, factor_every=2)
     return processes.bytes_by_step(model, optimizer, world, patch), optimizer.diagnostics()["bytes_sent"]
 
 
@@ -209,7 +209,8 @@ def test_processes_are_one_with_all_rows(found, expected, name, size):
     (got, live), (want, ranks) = found[0][name, size], expected[name]
     assert got.keys() == want.keys()
     if name.endswith("-32"):
-        models.assert_near(parameters(got), parameters(want), rtol=1e-6, atol=1e-6)
+        # rounding of the averaged gradients in float32, through the roots of the outer factors
+        models.assert_near(parameters(got), parameters(want), rtol=1e-6, atol=2e-5)
     else:  # float64: rounding in another order, grown over the steps by divisions by √v̂
         models.assert_near(got, want, rtol=1e-8, atol=1e-10)
     assert live == ranks

@@ -23,7 +23,7 @@ EXAMPLES = re.findall(r"```py\n(.*?)```", TEXT, flags=re.DOTALL)
 BYTES = {
     "activation": {"statistics": "activation", "inverse_every": 2, "factor_every": 2},
     "weight": {"statistics": "weight", "update": "momentum"},
-    "gradient": {"statistics": "gradient", "factor_every": 3},
+    "gradient": {"statistics": "gradient", "outer_rank": 0, "factor_every": 3},
     "reprojected": {"reproject_every": 2, "rank_threshold": 0.9, "min_rank": 1},
 }
 
@@ -129,7 +129,10 @@ def halves(world=None):
     if world is not None:
         processes.shard(model, world.mesh)
     group = None if world is None else world.statistics
-    optimizer = grit(model, statistics="gradient", process_group=group, **{**ALL, "rank_threshold": 0.7})
+    optimizer = grit(
+        model, statistics="gradient", outer_rank=0, betas=(0.9, 0.999), process_group=group,
+        **{**ALL, "rank_threshold": 0.5},
+    )  # fmt: skip
     for i in STEPS:
         g = torch.Generator().manual_seed(i)
         for p in model.parameters():

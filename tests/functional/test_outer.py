@@ -131,7 +131,7 @@ def test_the_basis_follows_a_drifting_factor(dtype, unit, turn):
     """
     k, d, r = 8, 60, 6
     spectrum = torch.arange(1, d + 1, dtype=F64) ** -1.5
-    G, X, V, mu, _, S = stream(150, r, d, spectrum, 0.95, k, dtype, turn, scale=1e-6)
+    G, X, V, _, _, S = stream(150, r, d, spectrum, 0.95, k, dtype, turn, scale=1e-6)
     values, Q = torch.linalg.eigh(S)
     V = V.double()
     torch.testing.assert_close(V @ V.mT, torch.eye(k, dtype=F64)[None], rtol=0, atol=unit)

@@ -56,8 +56,8 @@ def test_polar_has_adams_length_and_a_flatter_spectrum(seed, rank_dim, r, d, dam
     torch.testing.assert_close(polar.norm(dim=(1, 2)), adam.norm(dim=(1, 2)), rtol=1e-9, atol=READ)
     values, flatter = torch.linalg.svdvals(adam), torch.linalg.svdvals(polar)
     assert (flatter[:, 0] <= values[:, 0] * (1 + 1e-9) + READ).all()
-    if d > 1:
-        assert (flatter[:, 0] < values[:, 0] * 0.9999).all()
+    uneven = values[:, 0] > 1.1 * values[:, -1]  # what is equal already stays as it is
+    assert (flatter[uneven, 0] < values[uneven, 0] * 0.9999).all()
     for key in ("exp_avg", "exp_avg_sq"):  # equalising is of the step alone
         assert torch.equal(getattr(slabs[0], key), getattr(slabs[1], key))
 

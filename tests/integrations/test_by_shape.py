@@ -81,7 +81,7 @@ def test_it_trains_as_by_name(plus):
 @pytest.mark.parametrize("plus", [False, True])
 def test_control_in_its_warm_up_it_is_adamw(plus):
     ends = []
-    for cls, kwargs in ((GritKFAC, {"warmup_steps": 100}), (torch.optim.AdamW, {})):
+    for cls, kwargs in ((GritKFAC, {"warmup_steps": 100, "betas": (0.9, 0.999)}), (torch.optim.AdamW, {})):
         network = Network()
         models.fit(network, cls(network.groups(plus), lr=1e-2, weight_decay=0.1, **kwargs), 5)
         ends.append(models.snapshot(network))

@@ -101,7 +101,7 @@ def test_a_layer_that_unsloth_has_compiled_is_seen():
     model = nn.Sequential(Compiled(8, 8, 4))
     assert fused_lora(model) == "0 is computed by unsloth"
     assert build_optimizer(model).param_groups[0]["statistics"] == "gradient"
-    assert build_optimizer(models.mlp()).param_groups[0]["statistics"] == "activation"
+    assert build_optimizer(models.mlp()).param_groups[0]["statistics"] == "none"
 
 
 def test_optimizers_without_statistics_are_left_alone(caplog):

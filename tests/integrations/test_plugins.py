@@ -102,7 +102,7 @@ def test_axolotl_trains_as_by_hand(axolotl, cls, tmp_path):
     optimizer = trainer.optimizer.optimizer
 
     other = models.llama(start="random")
-    by_hand = GritKFAC(other, lr=1e-2, **SETTINGS)
+    by_hand = GritKFAC(other, lr=1e-2, betas=(0.9, 0.999), **SETTINGS)  # those of the arguments
     args = arguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, lr_scheduler_type="linear")
     Trainer(other, args, train_dataset=DATA, optimizers=(by_hand, None)).train()
     models.assert_same(models.snapshot(model, optimizer), models.snapshot(other, by_hand))
@@ -119,7 +119,7 @@ def test_axolotl_s_kernels_mean_statistics_from_gradients(axolotl, kernel, tmp_p
 
 @pytest.mark.parametrize(
     ("said", "statistics"),
-    [({}, "activation"), ({"curvopt": None}, "activation"),
+    [({}, "none"), ({"curvopt": None}, "none"),
      ({"curvopt": {"statistics": "weight"}, "lora_o_kernel": True}, "weight")],
 )  # fmt: skip
 def test_axolotl_without_kernels_or_with_a_choice(axolotl, said, statistics, tmp_path, caplog):
@@ -251,7 +251,7 @@ def test_ms_swift_trains_as_by_hand(swift, tmp_path, monkeypatch):
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is GritKFAC
     other = models.llama(start="random")
-    by_hand = GritKFAC(other, lr=1e-2, **SETTINGS)
+    by_hand = GritKFAC(other, lr=1e-2, betas=(0.9, 0.999), **SETTINGS)  # those of the arguments
     quiet = arguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2)
     Trainer(other, quiet, train_dataset=DATA, optimizers=(by_hand, None)).train()
     # Trainer with optimizers=(optimizer, None) makes the same scheduler

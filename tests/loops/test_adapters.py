@@ -5,9 +5,8 @@ import loopkit_frameworks as frameworks
 import models
 import pytest
 import torch
+from grit_kit import rank_side
 from peft import LoraConfig
-
-from curvopt import GritKFAC
 
 optimizers = pytest.mark.parametrize("make", loopkit.OPTIMIZERS, ids=lambda make: make.__name__)
 
@@ -80,7 +79,7 @@ def test_a_deleted_adapter_is_forgotten(make):
 def test_two_adapters_active_at_once_are_both_trained():
     model = models.llama(torch.float64, adapters=("default", "other"), start="random")
     model.base_model.set_adapter(["default", "other"])
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     models.fit(model, optimizer, 3)
     assert {pair["rows"] for pair in optimizer.diagnostics()["pairs"].values()} == {3 * 20.0}
     assert len(optimizer.diagnostics()["pairs"]) == 28
@@ -90,7 +89,7 @@ def test_two_adapters_active_at_once_are_both_trained():
 def test_a_factor_frozen_in_flight(side):
     """From then on it keeps its bits, and its partner goes on."""
     model = models.mlp()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     models.fit(model, optimizer, 3)
     for pair in optimizer.pairs:
         getattr(pair, side).requires_grad_(False)

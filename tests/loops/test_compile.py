@@ -6,8 +6,9 @@ import loopkit
 import models
 import pytest
 import torch
+from grit_kit import rank_side
 
-from curvopt import GoRAInit, GritKFAC
+from curvopt import GoRAInit
 
 
 def fit(model, forward, optimizer, steps, begin=0):
@@ -32,14 +33,14 @@ def test_the_optimizer_may_be_built_before_or_after_the_compilation(wrapped):
     model = models.mlp()
     if wrapped:
         forward = compiled(model)
-        optimizer = GritKFAC(forward, lr=1e-2)
+        optimizer = rank_side(forward, lr=1e-2)
         assert optimizer.pairs[0].name == "_orig_mod.first"
     else:
-        optimizer = GritKFAC(model, lr=1e-2)
+        optimizer = rank_side(model, lr=1e-2)
         forward = compiled(model)
     fit(model, forward, optimizer, 4)
     plain = models.mlp()
-    models.fit(plain, GritKFAC(plain, lr=1e-2), 4)
+    models.fit(plain, rank_side(plain, lr=1e-2), 4)
     models.assert_same(models.snapshot(model), models.snapshot(plain))
 
 
@@ -48,7 +49,7 @@ def test_hooks_that_sleep_load_and_leave():
     ends = []
     for make in (compiled, lambda model: model):
         model = models.mlp()
-        optimizer = GritKFAC(model, lr=1e-2, factor_every=3, inverse_every=2)
+        optimizer = rank_side(model, lr=1e-2, factor_every=3, inverse_every=2)
         forward = make(model)
         fit(model, forward, optimizer, 4)
         optimizer.load_state_dict(models.round_trip(optimizer.state_dict()))  # puts new hooks on the model
@@ -70,7 +71,7 @@ def test_a_step_compiled_before_the_optimizer_was_built_is_silent_and_says_so_on
     forward = compiled(model)
     loopkit.token_loss(forward, *models.batch(model, 0)).backward()
     model.zero_grad()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     with pytest.warns(UserWarning, match="3 pairs received gradients but their activations were never seen"):
         fit(model, forward, optimizer, 3)  # in the third step: a hook may be late once
     with warnings.catch_warnings():
@@ -89,7 +90,7 @@ def test_gradient_statistics_need_no_hook_and_so_no_order():
         forward = make(model)
         loopkit.token_loss(forward, *models.batch(model, 0)).backward()
         model.zero_grad()
-        optimizer = GritKFAC(model, lr=1e-2, statistics="gradient")
+        optimizer = rank_side(model, lr=1e-2, statistics="gradient")
         fit(model, forward, optimizer, 4)
         ends.append(models.snapshot(model, optimizer))
     models.assert_same(*ends)
@@ -98,12 +99,12 @@ def test_gradient_statistics_need_no_hook_and_so_no_order():
 def test_one_graph_needs_gradient_statistics():
     """``fullgraph=True`` refuses the break at a hook; without activations to watch there is none."""
     model = models.mlp()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     forward = compiled(model, fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         fit(model, forward, optimizer, 1)
     optimizer.remove_hooks()
-    optimizer = GritKFAC(model, lr=1e-2, statistics="gradient")
+    optimizer = rank_side(model, lr=1e-2, statistics="gradient")
     fit(model, compiled(model, fullgraph=True), optimizer, 2)
 
 

@@ -8,13 +8,13 @@ import oracles
 import pytest
 import torch
 from export_kit import Toy, by_leaf, config, loaded, outputs, peft_toy, ranks_of
+from grit_kit import rank_side
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from strategies import few, generator, seeds
 from torch import nn
 
-from curvopt import GritKFAC
 from curvopt.functional.nested import product_svd
 from curvopt.lora import export_adapter, find_lora_pairs, order_pair, resize_adapter, smallest_rank, truncated
 
@@ -82,7 +82,7 @@ def test_at_full_rank_nothing_changes(energy, dtype):
 
 def trained(steps=8):
     model = models.llama(torch.float64, start="random")
-    optimizer = GritKFAC(model, lr=1e-2, inverse_every=2)
+    optimizer = rank_side(model, lr=1e-2, inverse_every=2)
     models.fit(model, optimizer, steps)
     return model, {p.name: (optimizer.state[p.B]["factor"], optimizer.state[p.A]["factor"]) for p in optimizer.pairs}
 

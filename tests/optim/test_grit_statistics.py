@@ -4,10 +4,9 @@ import models
 import oracles
 import pytest
 import torch
-from grit_kit import EXACT, STATISTICS, factors, observed_backward
+from grit_kit import EXACT, STATISTICS, factors, observed_backward, rank_side
 from torch.nn import functional as F
 
-from curvopt import GritKFAC
 from curvopt.functional.update import RULES, Hyper, Slab
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -18,7 +17,7 @@ from curvopt.functional.update import RULES, Hyper, Slab
 @pytest.mark.parametrize("sides", ["kfac", "paper"])
 def test_factors_are_the_second_moments_of_u_and_of_N_d(sides, decay, every, drop):
     model = models.mlp(drop=drop)
-    optimizer = GritKFAC(model, lr=1e-2, sides=sides, factor_decay=decay, factor_every=every, inverse_every=2)
+    optimizer = rank_side(model, lr=1e-2, sides=sides, factor_decay=decay, factor_every=every, inverse_every=2)
     history = []
     for i in range(7):
         value, seen = observed_backward(model, i, rows=4 + i)
@@ -42,7 +41,7 @@ def test_s_d_is_a_per_token_moment():
     found = []
     for copies in (1, 4):
         model = models.mlp()
-        optimizer = GritKFAC(model)
+        optimizer = rank_side(model)
         x, y = models.batch(model, 0)
         F.cross_entropy(model(x.repeat(copies, 1, 1)).flatten(0, 1), y.repeat(copies, 1).flatten()).backward()
         optimizer.step()
@@ -54,7 +53,7 @@ def test_s_d_is_a_per_token_moment():
 @pytest.mark.parametrize("sides", ["kfac", "paper"])
 def test_gradient_statistics(sides):
     model = models.mlp()
-    optimizer = GritKFAC(model, lr=1e-2, statistics="gradient", sides=sides, factor_decay=0.7)
+    optimizer = rank_side(model, lr=1e-2, statistics="gradient", sides=sides, factor_decay=0.7)
     optimizer.remove_hooks()  # nothing is lost: they are not needed
     history = []
     for i in range(4):
@@ -70,7 +69,7 @@ def test_gradient_statistics(sides):
 @pytest.mark.parametrize("sides", ["kfac", "paper"])
 def test_weight_statistics_are_those_of_now(sides):
     model = models.mlp()
-    optimizer = GritKFAC(model, lr=1e-2, statistics="weight", sides=sides, factor_decay=0.7)
+    optimizer = rank_side(model, lr=1e-2, statistics="weight", sides=sides, factor_decay=0.7)
     models.fit(model, optimizer, 3)
     before = [(p.A.detach() @ p.A.detach().T, p.B.detach().T @ p.B.detach()) for p in optimizer.pairs[:3]]
     models.fit(model, optimizer, 1, 3)
@@ -84,7 +83,7 @@ def test_names_alone_give_gradient_statistics():
     for named in (True, False):
         model = models.mlp()
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = GritKFAC(trainable, lr=1e-2) if named else GritKFAC(model, lr=1e-2, statistics="gradient")
+        optimizer = rank_side(trainable, lr=1e-2) if named else rank_side(model, lr=1e-2, statistics="gradient")
         models.fit(model, optimizer, 5)
         runs.append(models.snapshot(model, optimizer))
         assert {d["statistics"] for d in optimizer.diagnostics()["pairs"].values() if "rows" in d} == {"gradient"}
@@ -99,7 +98,7 @@ def test_names_alone_give_gradient_statistics():
 def test_micro_batches_equal_one_batch(parts, statistics):
     model, twin = models.mlp(), models.mlp()
     make = {"lr": 1e-2, "statistics": statistics, "inverse_every": 2}
-    optimizer, other = GritKFAC(model, **make), GritKFAC(twin, **make)
+    optimizer, other = rank_side(model, **make), rank_side(twin, **make)
     for i in range(5):
         models.fit(model, optimizer, 1, i)
         other.zero_grad()
@@ -117,7 +116,7 @@ def test_activation_checkpointing_changes_nothing(reentrant, drop):
     runs = []
     for checkpointing in (None, reentrant):
         model = models.mlp(drop=drop, checkpointing=checkpointing)
-        optimizer = GritKFAC(model, lr=1e-2, inverse_every=2)
+        optimizer = rank_side(model, lr=1e-2, inverse_every=2)
         torch.manual_seed(5)
         models.fit(model, optimizer, 4)
         runs.append(models.snapshot(model, optimizer))
@@ -133,7 +132,7 @@ def test_activation_checkpointing_of_a_llama(reentrant):
             model.enable_input_require_grads()
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
-        optimizer = GritKFAC(model, lr=1e-2, inverse_every=2)
+        optimizer = rank_side(model, lr=1e-2, inverse_every=2)
         models.fit(model, optimizer, 3)
         assert all(d["rows"] == 60 for d in optimizer.diagnostics()["pairs"].values())
         runs.append(models.snapshot(model, optimizer))
@@ -142,7 +141,7 @@ def test_activation_checkpointing_of_a_llama(reentrant):
 
 def test_forwards_without_backward_are_not_counted():
     model, twin = models.mlp(), models.mlp()
-    optimizer, other = GritKFAC(model, lr=1e-2), GritKFAC(twin, lr=1e-2)
+    optimizer, other = rank_side(model, lr=1e-2), rank_side(twin, lr=1e-2)
     for i in range(3):
         models.fit(model, optimizer, 1, i)
         with torch.no_grad():
@@ -159,7 +158,7 @@ def test_convolution_embedding_dora_and_a_frozen_A_train_together():
     model = models.mixed()
     model.front["fc"].lora_A["default"].weight.requires_grad_(False)
     frozen = model.front["fc"].lora_A["default"].weight.detach().clone()
-    optimizer = GritKFAC(model, lr=1e-2, inverse_every=2)
+    optimizer = rank_side(model, lr=1e-2, inverse_every=2)
     losses = []
     for _ in range(40):  # one batch again and again: it is learnt by heart
         losses += models.fit(model, optimizer, 1)
@@ -179,7 +178,7 @@ def test_convolution_embedding_dora_and_a_frozen_A_train_together():
 def test_a_frozen_A_still_preconditions_B_by_S_u():
     model, twin = models.mlp(), models.mlp()
     model.first.lora_A.weight.requires_grad_(False)
-    optimizer, other = GritKFAC(model, lr=1e-2), GritKFAC(twin, lr=1e-2)
+    optimizer, other = rank_side(model, lr=1e-2), rank_side(twin, lr=1e-2)
     models.fit(model, optimizer, 1)
     models.fit(twin, other, 1)
     assert torch.equal(model.first.lora_B.weight, twin.first.lora_B.weight)
@@ -190,7 +189,7 @@ def test_a_frozen_A_still_preconditions_B_by_S_u():
 def test_without_statistics_nothing_is_watched_or_kept():
     """Adam's step with equalised singular values, and no hook on the model."""
     model = models.mlp()
-    optimizer = GritKFAC(model, lr=1e-2, statistics="none")
+    optimizer = rank_side(model, lr=1e-2, statistics="none")
     assert not any(m._forward_hooks for m in model.modules()) and not optimizer.watching
     A = model.first.lora_A.weight
     before = A.detach().clone()
@@ -209,4 +208,4 @@ def test_without_statistics_nothing_is_watched_or_kept():
 @pytest.mark.parametrize("wrong", [{"update": "eigen"}, {"update": "adam"}, {"reproject_every": 5}], ids=str)
 def test_without_statistics_what_needs_a_factor_is_refused(wrong):
     with pytest.raises(ValueError, match=f'{next(iter(wrong))} must be .*statistics="none"'):
-        GritKFAC(models.mlp(), statistics="none", **wrong)
+        rank_side(models.mlp(), statistics="none", **wrong)

@@ -7,11 +7,9 @@ import models
 import oracles
 import pytest
 import torch
-from grit_kit import BASES, RULES, STATISTICS, observed_backward
+from grit_kit import BASES, RULES, STATISTICS, observed_backward, rank_side
 from peft.optimizers import create_riemannian_optimizer
 from torch import nn
-
-from curvopt import GritKFAC
 
 # ---------------------------------------------------------------------------------------------- reductions to AdamW
 
@@ -22,7 +20,7 @@ from curvopt import GritKFAC
 def test_warmup_is_fused_adamw_bit_for_bit(rule, dtype, decay):
     model, twin = models.mlp(dtype), models.mlp(dtype)
     hyper = {"lr": 1e-2, "betas": (0.8, 0.98), "eps": 1e-6, "weight_decay": decay}
-    optimizer = GritKFAC(model, update=rule, warmup_steps=100, **hyper)
+    optimizer = rank_side(model, update=rule, warmup_steps=100, **hyper)
     adamw = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], fused=True, **hyper)
     for i in range(8):
         models.fit(model, optimizer, 1, i)
@@ -38,7 +36,7 @@ def test_the_rules_differ_once_the_warmup_is_over():
     ends = []
     for rule in (*RULES, None):
         model = models.mlp()
-        models.fit(model, GritKFAC(model, lr=1e-2, update=rule or "adam", warmup_steps=0 if rule else 3), 3)
+        models.fit(model, rank_side(model, lr=1e-2, update=rule or "adam", warmup_steps=0 if rule else 3), 3)
         ends.append(model.first.lora_A.weight.detach().clone())
     for one, two in itertools.combinations(ends, 2):
         assert (one - two).abs().max() > 1e-4  # the learning rate is 1e-2
@@ -50,7 +48,7 @@ def test_the_rules_differ_once_the_warmup_is_over():
 def test_while_B_is_zero_the_A_side_is_plain_adamw(rule, dtype, start):
     """S_d = 0 says nothing, so it must act as the identity; A gets a made-up gradient, for its own is zero too."""
     model = models.mlp(dtype, start)
-    optimizer = GritKFAC(model, lr=1e-2, update=rule, outer_rank=0, weight_decay=0.1)
+    optimizer = rank_side(model, lr=1e-2, update=rule, outer_rank=0, weight_decay=0.1)
     models.loss(model, 0).backward()
     plain = {}
     for pair in optimizer.pairs[:3]:
@@ -79,13 +77,15 @@ def test_weight_statistics_with_adam_are_pefts_riemannian_optimizer(steps, lr):
     model = models.llama(torch.float64, start="random")
     twin = copy.deepcopy(model)
     begin = models.snapshot(model)
-    ours = GritKFAC(model, statistics="weight", update="adam", damping=1e-11, inverse_every=1, **hyper)
+    ours = rank_side(model, statistics="weight", update="adam", damping=1e-11, inverse_every=1, **hyper)
     theirs = create_riemannian_optimizer(twin, torch.optim.AdamW, reg=1e-12, weight_decay=0.0, **hyper)
     models.fit(model, ours, steps)
     models.fit(twin, theirs, steps)
     wrong = copy.deepcopy(twin)
     wrong.load_state_dict(begin, strict=False)
-    models.fit(wrong, GritKFAC(wrong, statistics="weight", sides="paper", update="adam", damping=1e-11, **hyper), steps)
+    models.fit(
+        wrong, rank_side(wrong, statistics="weight", sides="paper", update="adam", damping=1e-11, **hyper), steps
+    )
     off = 0.0
     for pair in ours.pairs:
         for p in (pair.A, pair.B):
@@ -201,7 +201,7 @@ def test_twenty_steps_equal_the_loop(rule, statistics, variant, start):
     rest |= {"outer_rank": 3}
     rest |= {key: given[key] for key in rest if key in given}
     model, twin = models.mlp(start=start), models.mlp(start=start)
-    optimizer = GritKFAC(model, statistics=statistics, update=rule, damping=0.2, **hyper, **rest)
+    optimizer = rank_side(model, statistics=statistics, update=rule, damping=0.2, **hyper, **rest)
     loop = Loop(twin, rule, statistics, rest["sides"], hyper, 0.2, *list(rest.values())[1:])
     for i in range(20):
         models.fit(model, optimizer, 1, i)
@@ -215,11 +215,12 @@ def test_the_loop_tells_settings_apart():
     """Negative control: what the loop test compares moves by far more than its tolerance when a setting is wrong."""
     ends = {}
     settings = {"": {}, "damping": {"damping": 0.25}, "decay": {"factor_decay": 0.8}, "inverse": {"inverse_every": 2},
-                "factor": {"factor_every": 2}, "sides": {"sides": "paper"}, "outer": {"outer_rank": 4}, "no outer": {"outer_rank": 0}}  # fmt: skip
+                "factor": {"factor_every": 2}, "sides": {"sides": "paper"},
+                "outer": {"outer_rank": 4}, "no outer": {"outer_rank": 0}}  # fmt: skip
     for name, given in settings.items():
         model = models.mlp()
-        base = {"update": "adam", "damping": 0.2, "factor_decay": 0.9, "inverse_every": 1}
-        models.fit(model, GritKFAC(model, lr=1e-2, **{**base, **given}), 20)
+        base = {"update": "adam", "outer_rank": 3, "damping": 0.2, "factor_decay": 0.9, "inverse_every": 1}
+        models.fit(model, rank_side(model, lr=1e-2, **{**base, **given}), 20)
         ends[name] = model.first.lora_A.weight.detach().clone()
     for name in settings:
         assert name == "" or (ends[name] - ends[""]).abs().max() > 1e-5, name

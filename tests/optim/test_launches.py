@@ -59,10 +59,10 @@ def third_step(make, pairs):
 @pytest.mark.parametrize(
     ("make", "most"),
     [
-        (lambda m: GritKFAC(m, statistics="none"), 6),
-        (lambda m: GritKFAC(m, statistics="gradient", inverse_every=100), 9),
-        (lambda m: GritKFAC(m, statistics="gradient", update="eigen", inverse_every=100), 6),
-        (lambda m: GritKFAC(m, statistics="gradient", update="momentum", inverse_every=1), 9),
+        (lambda m: GritKFAC(m, statistics="none"), 9),
+        (lambda m: GritKFAC(m, statistics="gradient", inverse_every=100), 12),
+        (lambda m: GritKFAC(m, statistics="gradient", update="eigen", inverse_every=100), 9),
+        (lambda m: GritKFAC(m, statistics="gradient", update="momentum", inverse_every=1), 12),
         (MatryoshkaScaledAdam, 3),
     ],
     ids=["polar", "polar, gradient", "eigen", "momentum", "matryoshka"],

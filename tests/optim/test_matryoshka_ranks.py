@@ -7,9 +7,10 @@ import models
 import oracles
 import pytest
 import torch
+from grit_kit import rank_side
 from peft import PeftModel
 
-from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
+from curvopt import GoRAInit, MatryoshkaScaledAdam, find_lora_pairs
 from curvopt.functional.nested import diagonal
 from curvopt.lora import export_adapter
 
@@ -248,7 +249,7 @@ def test_a_direction_in_use_above_the_largest_rank_is_refused():
 def test_prefixes_of_the_balanced_basis_are_the_best_adapters_of_their_rank():
     """After a balanced reprojection the cheapest ρ directions to keep, by the K-FAC quadratic, are the first ρ."""
     model = models.mlp(start="zero")
-    optimizer = GritKFAC(model, lr=1e-2, damping=1e-6, inverse_every=2, reproject_every=10)
+    optimizer = rank_side(model, lr=1e-2, damping=1e-6, inverse_every=2, reproject_every=10)
     models.fit(model, optimizer, 10)  # the tenth step ends with a reprojection
     for pair in optimizer.pairs[:3]:
         S_d, S_u = (optimizer.state[p]["factor"] for p in (pair.A, pair.B))
@@ -262,7 +263,7 @@ def test_prefixes_of_the_balanced_basis_are_the_best_adapters_of_their_rank():
 
 def test_control_before_the_reprojection_they_are_not():
     model = models.mlp(start="zero")
-    optimizer = GritKFAC(model, lr=1e-2, damping=1e-6, inverse_every=2)
+    optimizer = rank_side(model, lr=1e-2, damping=1e-6, inverse_every=2)
     models.fit(model, optimizer, 10)
     pair = optimizer.pairs[0]
     S_d, S_u = (optimizer.state[p]["factor"] for p in (pair.A, pair.B))
@@ -279,11 +280,11 @@ def test_a_nested_export_of_gritkfac(gora, tmp_path):
     if gora:
 
         def then(model):
-            return GritKFAC(model, lr=1e-2, reproject_every=10)
+            return rank_side(model, lr=1e-2, reproject_every=10)
 
         optimizer = GoRAInit(model, rank=8, min_rank=4, max_rank=12, calibration_steps=calibration, then=then)
     else:
-        optimizer = GritKFAC(model, lr=1e-2, reproject_every=10)
+        optimizer = rank_side(model, lr=1e-2, reproject_every=10)
     models.fit(model, optimizer, calibration + 10)
     before, pairs = models.loss(model, 9).item(), find_lora_pairs(model)
     assert not gora or len({pair.rank for pair in pairs}) > 1
@@ -301,7 +302,7 @@ def test_a_nested_export_of_gritkfac(gora, tmp_path):
 def test_on_top_of_gritkfac_s_basis_nested_training_goes_on():
     """GritKFAC's adapter is taken as it is and trained on as a nested one."""
     model = models.mlp(start="zero")
-    grit = GritKFAC(model, lr=1e-2, reproject_every=5)
+    grit = rank_side(model, lr=1e-2, reproject_every=5)
     models.fit(model, grit, 5)
     grit.remove_hooks()
     before = models.loss(model, 9).item()

@@ -61,8 +61,14 @@ def test_decay_by_group_makes_the_weights_of_its_group_smaller(info):
 @infos
 def test_schedules_of_groups_are_those_of_adamw(info, which):
     """Rates by group step for step, and by them the same weights: parameters outside pairs get torch's AdamW."""
-    ends = []
-    for make in (lambda groups: build(info, groups, {"lr": 1e-2}), lambda groups: torch.optim.AdamW(groups, lr=1e-2)):
+    ends, betas = [], []
+
+    def ours(groups):
+        optimizer = build(info, groups, {"lr": 1e-2})
+        betas.append(optimizer.param_groups[0]["betas"])
+        return optimizer
+
+    for make in (ours, lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=betas[0])):
         (weight, bias), loss = linear()
         optimizer = make(
             [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "lr": 1e-3, "weight_decay": 0.0}]

@@ -6,9 +6,8 @@ import itertools
 import models
 import pytest
 import torch
+from grit_kit import rank_side
 from torch import nn
-
-from curvopt import GritKFAC
 
 RULES = ("polar", "eigen", "adam", "whiten", "momentum")
 HALF = [torch.bfloat16]
@@ -24,7 +23,7 @@ REPROJECT = {"reproject_every": 3, "rank_threshold": 0.8, "min_rank": 1}
 @pytest.mark.parametrize("rule", RULES)
 def test_dtypes_of_state(rule, dtype):
     model = models.mlp(dtype)
-    optimizer = GritKFAC(model, lr=1e-2, update=rule, **REPROJECT)
+    optimizer = rank_side(model, lr=1e-2, update=rule, **REPROJECT)
     models.fit(model, optimizer, 6)
     small = torch.float64 if dtype == torch.float64 else torch.float32
     for pair in optimizer.pairs[:3]:
@@ -44,7 +43,7 @@ def test_one_step_is_the_float32_step_rounded_once(rule, dtype):
     """From equal parameters and gradients the 16-bit step is the fp32 step, rounded when it is stored."""
     model, wide = models.mlp(dtype), models.mlp(torch.float32)
     models.copied_into(model, wide)
-    optimizer, other = (GritKFAC(m, lr=1e-2, update=rule, statistics="gradient", eps=1e-3) for m in (model, wide))
+    optimizer, other = (rank_side(m, lr=1e-2, update=rule, statistics="gradient", eps=1e-3) for m in (model, wide))
     models.loss(model, 0).backward()
     for name, p in wide.named_parameters():
         grad = model.get_parameter(name).grad
@@ -81,7 +80,7 @@ def test_a_step_with_a_broken_gradient_changes_nothing(rule, dtype, statistics):
     spoilt = (("pair", torch.nan), ("head", torch.inf), ("all", torch.nan))
     for where, value in spoilt if statistics == "activation" else spoilt[:1]:
         model, twin = models.mlp(dtype), models.mlp(dtype)
-        optimizer, other = GritKFAC(model, **settings), GritKFAC(twin, **settings)
+        optimizer, other = rank_side(model, **settings), rank_side(twin, **settings)
         for i in range(12):
             if i in (4, 5, 9):
                 optimizer.zero_grad()
@@ -103,7 +102,7 @@ def test_a_step_with_a_broken_gradient_changes_nothing(rule, dtype, statistics):
 def test_with_matrices_at_every_step_not_even_the_clock_is_seen():
     model, twin = models.mlp(), models.mlp()
     settings = {"lr": 1e-2, "inverse_every": 1, "factor_every": 1}
-    optimizer, other = GritKFAC(model, **settings), GritKFAC(twin, **settings)
+    optimizer, other = rank_side(model, **settings), rank_side(twin, **settings)
     for i in range(6):
         if i in (0, 3):
             optimizer.zero_grad()
@@ -117,7 +116,7 @@ def test_with_matrices_at_every_step_not_even_the_clock_is_seen():
 
 def test_a_broken_first_step_leaves_the_start():
     model, twin = models.mlp(), models.mlp()
-    optimizer, other = GritKFAC(model, lr=1e-2, inverse_every=1), GritKFAC(twin, lr=1e-2, inverse_every=1)
+    optimizer, other = rank_side(model, lr=1e-2, inverse_every=1), rank_side(twin, lr=1e-2, inverse_every=1)
     models.loss(model, 9).backward()
     model.head.bias.grad[0] = torch.nan
     before = models.snapshot(model)
@@ -131,7 +130,7 @@ def test_a_broken_first_step_leaves_the_start():
 def test_a_skipped_batch_is_not_left_over_for_the_next_observation():
     """With zero_grad() of the model, not of the optimizer, nothing but the step itself can drop the sums."""
     model, twin = models.mlp(), models.mlp()
-    optimizer, other = GritKFAC(model, lr=1e-2, inverse_every=1), GritKFAC(twin, lr=1e-2, inverse_every=1)
+    optimizer, other = rank_side(model, lr=1e-2, inverse_every=1), rank_side(twin, lr=1e-2, inverse_every=1)
     for i in range(5):
         if i == 2:
             model.zero_grad()
@@ -156,7 +155,7 @@ def test_a_broken_signal_with_finite_gradients_breaks_no_factor():
 
     # seen before the optimizer's own hook; what comes after it puts the finite gradient back
     model.first.lora_A.register_forward_hook(lambda module, args, u: u.register_hook(overflow) and None)
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     model.first.lora_A.register_forward_hook(lambda module, args, u: u.register_hook(lambda d: true_d[-1]) and None)
     models.fit(model, optimizer, 2)
     A, B = model.first.lora_A.weight, model.first.lora_B.weight
@@ -200,7 +199,7 @@ def test_a_loss_scale_of_a_power_of_two_is_invisible(unscale, rule, statistics):
     """
     settings = {"lr": 1e-2, "update": rule, "statistics": statistics, "inverse_every": 2, "weight_decay": 0.1}
     model, twin = models.mlp(torch.float32), models.mlp(torch.float32)
-    optimizer, other = GritKFAC(model, **settings), GritKFAC(twin, **settings)
+    optimizer, other = rank_side(model, **settings), rank_side(twin, **settings)
     scaled_fit(model, optimizer, 7, scaler(), unscale)
     models.fit(twin, other, 7)
     ignore = ("factor",) if statistics == "activation" else ()
@@ -211,7 +210,7 @@ def test_a_loss_scale_of_a_power_of_two_is_invisible(unscale, rule, statistics):
 def test_a_loss_scale_is_invisible_to_reprojection(unscale):
     """The balanced basis depends on the scale of S_d against S_u: a scale left in it would move A against B."""
     model, twin = models.mlp(torch.float32, width=12, r=6), models.mlp(torch.float32, width=12, r=6)
-    optimizer, other = GritKFAC(model, lr=1e-2, **REPROJECT), GritKFAC(twin, lr=1e-2, **REPROJECT)
+    optimizer, other = rank_side(model, lr=1e-2, **REPROJECT), rank_side(twin, lr=1e-2, **REPROJECT)
     scaled_fit(model, optimizer, 7, scaler(), unscale)
     models.fit(twin, other, 7)
     models.assert_same(models.snapshot(model, optimizer), models.snapshot(twin, other), ("factor",))
@@ -221,7 +220,7 @@ def test_a_loss_scale_is_invisible_to_reprojection(unscale):
 def test_a_changing_loss_scale_is_invisible(statistics):
     """Where the statistics are of unscaled gradients or of none; by activations it weighs the averages."""
     model, twin = models.mlp(torch.float32), models.mlp(torch.float32)
-    optimizer, other = (GritKFAC(m, lr=1e-2, statistics=statistics) for m in (model, twin))
+    optimizer, other = (rank_side(m, lr=1e-2, statistics=statistics) for m in (model, twin))
     scaled_fit(model, optimizer, 9, growing := scaler(4.0, growth_interval=2, growth_factor=16.0), False)
     assert growing.get_scale() == 4.0 * 16**4
     models.fit(twin, other, 9)
@@ -230,7 +229,7 @@ def test_a_changing_loss_scale_is_invisible(statistics):
 
 def test_clipping_between_unscale_and_step():
     model, twin = models.mlp(torch.float32), models.mlp(torch.float32)
-    optimizer, other = GritKFAC(model, lr=1e-2, inverse_every=2), GritKFAC(twin, lr=1e-2, inverse_every=2)
+    optimizer, other = rank_side(model, lr=1e-2, inverse_every=2), rank_side(twin, lr=1e-2, inverse_every=2)
     scaled_fit(model, optimizer, 6, scaler(), unscale=True, clip=0.05)
     for i in range(6):
         other.zero_grad()
@@ -247,7 +246,7 @@ def test_an_overflow_drops_its_statistics_too(rule, unscale):
     # the scale stays in S_d: an average without memory shows that the overflow itself left nothing
     settings = {"lr": 1e-2, "update": rule, "inverse_every": 1, "factor_decay": 0.0}
     model, twin = models.mlp(torch.float32), models.mlp(torch.float32)
-    optimizer, other = GritKFAC(model, **settings), GritKFAC(twin, **settings)
+    optimizer, other = rank_side(model, **settings), rank_side(twin, **settings)
     shrinking = scaler()
     scaled_fit(model, optimizer, 6, shrinking, unscale, overflow=(0, 3))
     assert shrinking.get_scale() == 2.0**8 and optimizer.diagnostics()["steps"] == 6  # the scaler takes no step then
@@ -257,12 +256,12 @@ def test_an_overflow_drops_its_statistics_too(rule, unscale):
 
 def test_the_scaler_leaves_nothing_on_the_optimizer():
     model = models.mlp(torch.float32)
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     scaled_fit(model, optimizer, 2, scaler())
     assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
     assert not getattr(optimizer, "_step_supports_amp_scaling", False)  # Lightning, Accelerate ask
     twin = models.mlp(torch.float32)
-    other = GritKFAC(twin, lr=1e-2)
+    other = rank_side(twin, lr=1e-2)
     models.fit(twin, other, 2)
     for m, o in ((model, optimizer), (twin, other)):
         models.fit(m, o, 2, 2)
@@ -277,7 +276,7 @@ def test_autocast_runs_and_follows_float32(build):
     ends, losses = [], []
     for enabled in (False, True):
         model = build(torch.float32)
-        optimizer = GritKFAC(model, lr=1e-2, inverse_every=2)
+        optimizer = rank_side(model, lr=1e-2, inverse_every=2)
         run = []
         for i in itertools.islice(itertools.cycle(range(2)), 12):
             optimizer.zero_grad()
@@ -305,7 +304,7 @@ def test_singular_factors_do_no_harm(rule, dtype):
     with torch.no_grad():
         model.first.lora_A.weight[2] = 0
         model.second.lora_A.weight[1] = model.second.lora_A.weight[0]
-    optimizer = GritKFAC(model, lr=1e-2, update=rule, damping=1e-6, inverse_every=1, factor_decay=0.0)
+    optimizer = rank_side(model, lr=1e-2, update=rule, damping=1e-6, inverse_every=1, factor_decay=0.0)
     for i in range(8):
         optimizer.zero_grad()
         models.loss(model, i, rows=1).backward()  # three tokens

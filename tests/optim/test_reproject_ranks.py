@@ -4,9 +4,7 @@ import models
 import oracles
 import pytest
 import torch
-from grit_kit import RULES, WIDE, cut, delta, factors, fork, masked_are_zero
-
-from curvopt import GritKFAC
+from grit_kit import RULES, WIDE, cut, delta, factors, fork, masked_are_zero, rank_side
 
 
 def asked_rank(S_u, S_d, tau, least, k) -> tuple[int, bool]:
@@ -20,7 +18,7 @@ def asked_rank(S_u, S_d, tau, least, k) -> tuple[int, bool]:
 def test_ranks_follow_the_rule_with_its_hysteresis(tau, least):
     fresh = lambda: models.mlp(**WIDE)  # noqa: E731
     model = fresh()
-    optimizer = GritKFAC(model, lr=2e-2, reproject_every=3, rank_threshold=tau, min_rank=least, factor_decay=0.6)
+    optimizer = rank_side(model, lr=2e-2, reproject_every=3, rank_threshold=tau, min_rank=least, factor_decay=0.6)
     k = {pair.name: pair.rank for pair in optimizer.pairs[:3]}
     full, pending = dict(k), dict.fromkeys(k, 0)
     history = [dict(k)]
@@ -74,7 +72,7 @@ def test_masked_directions_stay_exactly_zero_in_other_dtypes(dtype):
 def test_truncation_costs_what_the_rule_says():
     """The cut itself moves B A by directions that hold at most 1 − τ of the energy."""
     model = models.mlp(**WIDE)
-    optimizer = GritKFAC(model, lr=1e-2, reproject_every=3, rank_threshold=0.8, min_rank=1)
+    optimizer = rank_side(model, lr=1e-2, reproject_every=3, rank_threshold=0.8, min_rank=1)
     models.fit(model, optimizer, 5)
     twin, other = fork(model, optimizer, models.mlp(**WIDE), reproject_every=0)
     models.fit(model, optimizer, 1, 5)

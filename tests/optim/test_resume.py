@@ -57,7 +57,16 @@ def test_bit_exact_resume_at_any_step(mode, rule, statistics, dtype):
 def test_the_resume_test_has_teeth():
     """Each of these, lost on the way, would be seen in the bits."""
     model, optimizer = started(steps=7, **MOVING)
-    for key in ("factor", "basis", "exp_avg", "exp_avg_sq", "step", "cadence"):
+    for key in (
+        "factor",
+        "outer_basis",
+        "outer_eigenvalues",
+        "outer_trace",
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+        "cadence",
+    ):
         fresh, other = resumed(model, optimizer, **MOVING)
         saved = copy.deepcopy(optimizer.state_dict())
         for state in saved["state"].values():
@@ -218,8 +227,8 @@ def test_state_of_adamw_is_taken_over(rule):
         ("pending",),
         ("observed",),
         ("rank", "pending", "rows", "observed", "skipped"),
-        ("basis",),
-        ("factor", "basis"),
+        ("outer_trace",),
+        ("factor", "outer_basis", "outer_eigenvalues", "outer_trace"),
     ],
     ids="+".join,
 )

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from grit_kit import rank_side
 from situations_kit import build, loss, steps, weights
 from torch import nn
 
@@ -41,7 +42,7 @@ def test_an_appended_tensor_trains_as_adamw_trains_it(make):
     steps(model, optimizer)
     optimizer.param_groups[0]["params"].append(extra)
     twin = nn.Parameter(extra.detach().clone())
-    adamw = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    adamw = torch.optim.AdamW([twin], lr=1e-2, betas=optimizer.param_groups[0]["betas"], weight_decay=0.0)
     for _ in range(3):
         optimizer.zero_grad()
         loss(model).backward()
@@ -106,7 +107,7 @@ def test_new_group_dicts_go_on(make):
 )
 def test_edits_are_validated(edit, message):
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     steps(model, optimizer)
     before = weights(model)
     optimizer.param_groups[0].update(edit)
@@ -120,7 +121,7 @@ def test_an_edited_value_holds_from_the_next_step_on():
     ends = []
     for late in (True, False):
         model = build()
-        optimizer = GritKFAC(model, lr=1e-2, damping=0.1 if late else 10.0, warmup_steps=1)
+        optimizer = rank_side(model, lr=1e-2, damping=0.1 if late else 10.0, warmup_steps=1)
         steps(model, optimizer)  # plain Adam: damping has no say yet
         optimizer.param_groups[0]["damping"] = 10.0
         steps(model, optimizer, 2)

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from grit_kit import rank_side
 from situations_kit import X, build, factor, loss, steps
 
-from curvopt import GritKFAC
 from curvopt.lora import Capture, find_lora_pairs
 
 DROPS = {
@@ -20,7 +20,7 @@ DROPS = {
 
 def started():
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     steps(model, optimizer, 3)
     optimizer.zero_grad()
     return model, optimizer
@@ -96,7 +96,7 @@ def test_autograd_grad_counts_nothing():
 def test_a_differentiated_gradient_is_warned_of():
     """A force loss: part of ∇A does not come through u."""
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     x = X.clone().requires_grad_()
     with pytest.warns(UserWarning, match=r'create_graph=True.*statistics="gradient"'):
         (forces,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
@@ -106,7 +106,7 @@ def test_a_differentiated_gradient_is_warned_of():
 
 def test_no_rows_are_no_observation():
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     steps(model, optimizer)
     before = factor(optimizer).clone(), factor(optimizer, side="B").clone()
     optimizer.zero_grad()
@@ -124,7 +124,7 @@ def test_no_rows_are_no_observation():
 def test_hooks_of_optimizers_that_are_gone_are_gone():
     model = build()
     for _ in range(3):
-        optimizer = GritKFAC(model, lr=1e-2)
+        optimizer = rank_side(model, lr=1e-2)
     gc.collect()
     A = optimizer.pairs[0].module.lora_A["default"]
     assert len(A._forward_hooks) == 1 and len(A.weight._post_accumulate_grad_hooks) == 1
@@ -133,7 +133,7 @@ def test_hooks_of_optimizers_that_are_gone_are_gone():
 def test_zero_gradients_of_an_idle_adapter_are_no_silence():
     """Wrappers give zeros to parameters that took no part."""
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(5):
@@ -144,7 +144,7 @@ def test_zero_gradients_of_an_idle_adapter_are_no_silence():
 
 def test_a_fused_forward_is_told_of():
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     with pytest.warns(UserWarning, match="2 pairs received gradients but their activations were never seen"):
         for _ in range(4):
             for p in model.parameters():

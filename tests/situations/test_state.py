@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from grit_kit import rank_side
 from peft import LoraConfig
 from situations_kit import X, build, factor, loss, steps, weights
 
-from curvopt import GritKFAC, MatryoshkaScaledAdam
+from curvopt import MatryoshkaScaledAdam
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
@@ -13,7 +14,7 @@ from curvopt import GritKFAC, MatryoshkaScaledAdam
 def test_a_parameter_whose_state_was_taken_starts_anew(which, how):
     """As in AdamW, and as ReLoRA's resets want it; the others go on."""
     model, twin = build(), build()
-    optimizer, other = (GritKFAC(m, lr=1e-2, update="adam", warmup_steps=10**6) for m in (model, twin))
+    optimizer, other = (rank_side(m, lr=1e-2, update="adam", warmup_steps=10**6) for m in (model, twin))
     adamw = torch.optim.AdamW([s.param for s in other.sides], lr=1e-2, weight_decay=0.0, fused=True)
     steps(model, optimizer, 3)
     steps(twin, adamw, 3)
@@ -38,7 +39,7 @@ def test_all_parts_of_a_resting_adapter_train_once_it_is_active(extra):
     model.add_adapter("second", LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], **second))
     model.double()
     model.set_adapter("second")
-    optimizer = GritKFAC(model, lr=1e-2, statistics="gradient")
+    optimizer = rank_side(model, lr=1e-2, statistics="gradient")
     steps(model, optimizer)
     model.set_adapter("default")
     before = weights(model)
@@ -53,7 +54,7 @@ def test_all_parts_of_a_resting_adapter_train_once_it_is_active(extra):
 
 def test_a_parameter_unfrozen_later_is_told_of():
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2)
     steps(model, optimizer)
     head = model.base_model.model[4]
     head.weight.requires_grad_()
@@ -67,7 +68,7 @@ def test_a_parameter_unfrozen_later_is_told_of():
 def test_what_a_skipped_step_should_have_done_stays_due(skipped):
     """Observation and matrices are not put off by a whole period."""
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2, update="eigen", factor_every=10, inverse_every=10)
+    optimizer = rank_side(model, lr=1e-2, update="eigen", factor_every=10, inverse_every=10)
     observed, bases = [], []
     for i in range(1, 14):
         optimizer.zero_grad()
@@ -86,11 +87,11 @@ def test_what_a_skipped_step_should_have_done_stays_due(skipped):
 
 def test_what_is_due_survives_a_save():
     model = build()
-    optimizer = GritKFAC(model, lr=1e-2, factor_every=10)
+    optimizer = rank_side(model, lr=1e-2, factor_every=10)
     loss(model).backward()
     optimizer.pairs[0].A.grad.fill_(torch.nan)
     optimizer.step()
-    other = GritKFAC(model, lr=1e-2, factor_every=10)
+    other = rank_side(model, lr=1e-2, factor_every=10)
     other.load_state_dict(optimizer.state_dict())
     assert factor(optimizer).trace() == 0
     steps(model, other)

@@ -49,8 +49,10 @@ def diagnose(optimizer: BucketedOptimizer, entangled: Callable[[LoraPair], str])
     - ``statistics``: what it is observed by, ``note``: why not by activations, and why the pair keeps its basis and
       rank if it does; ``rows``: rows (tokens) seen;
     - ``energy``: σ_i² as shares of their sum in descending order, ``effective_rank``: exp of their entropy;
-    - ``A``, ``B``: by factor, ``condition`` of Ŝ + λI, ``scalar_distance`` ‖M − mean(M) I‖_F / ‖M‖_F of what acts on
-      the gradient (where a basis is used, of Ŝ, whose it is) — 0 means the curvature does nothing, and ``failed``.
+    - ``outer``: by side, the share of the outer factor's trace that its k directions hold; empty without outer factors;
+    - ``A``, ``B``: of the factor on the rank side, ``condition`` of Ŝ + λI, ``scalar_distance``
+      ‖M − mean(M) I‖_F / ‖M‖_F of what acts on the gradient (of Ŝ where its basis is used, or nothing of it) — 0 means
+      that the factor has nothing to say — and ``failed``.
     """
     by_pair: dict[LoraPair, list[Side]] = {}
     for side in optimizer.sides:
@@ -91,6 +93,7 @@ def _pair(optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side], entangl
     group = sides[0].group
     out["statistics"] = source_of(sides[0]).name
     out["kept"] = [int(s["kept"]) for s in states.values() if "kept" in s][:1]
+    out["outer"] = {name: _share(s) for name, s in states.items() if "outer_trace" in s}
     if source_of(sides[0]).observe is None:
         return out
     out["rows"] = max(float(s["rows"]) for s in states.values())
@@ -104,6 +107,12 @@ def _pair(optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side], entangl
         out["energy"] = (sigma2 / total if total > 0 else sigma2)[0, : out["rank"]].tolist()
         out["effective_rank"] = float(entropy_rank(sigma2)[0])
     return out
+
+
+def _share(state: dict[str, Any]) -> float:
+    """Return Σμ / tr S of a side's outer factor; 0 while it is empty."""
+    trace = float(state["outer_trace"])
+    return float(state["outer_eigenvalues"].sum()) / trace if trace > 0 else 0.0
 
 
 def _factor(S: Tensor, damping: float, k: Tensor, rule: str) -> dict[str, Any]:

@@ -19,11 +19,18 @@ T = TypeVar("T", bound="GritKFAC")
 
 
 class GritKFAC(BucketedOptimizer):
-    r"""AdamW whose LoRA updates see the curvature in rank space (GRIT, arXiv 2601.00231).
+    r"""AdamW for LoRA, preconditioned by K-FAC's factors at the cost of the adapter (after GRIT, arXiv 2601.00231).
+
+    K-FAC gives each LoRA matrix two factors. The *outer* one is as wide as the layer; ``outer_rank`` of its directions
+    are followed, from the gradients alone, and precondition them before Adam sees them. Then Adam's step is given equal
+    singular values, at its own length (``update="polar"``). That is the default, and needs no hooks. The *rank-side*
+    factors S_u and S_d, r×r, are what GRIT uses: the other rules precondition by them, and reprojection orders the
+    directions of the adapter by them. They are observed where something reads them.
 
     .. code-block:: text
 
         every step, for each pair (A, B) with u = x Aᵀ and d = ∂L/∂u:
+            S ← EMA of ∇Aᵀ∇A (of ∇B ∇Bᵀ for B),  ∇ ← ∇ S̃^(-1/2)           if outer_rank (curvopt.functional.outer)
             S_u ← EMA of uᵀu/N,  S_d ← EMA of N dᵀd                        every factor_every steps
             M_A, M_B ← eigenbasis / inverse / root of S_d, S_u             every inverse_every steps
             A ← A (1 − lr·wd) + Adam seen through M_A of ∇A,  B likewise   (curvopt.functional.update)
@@ -33,7 +40,8 @@ class GritKFAC(BucketedOptimizer):
         params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`. Only with a
             module can activations be observed; named parameters use gradient statistics.
         lr: learning rate, ≥ 0; a 0-d tensor is allowed.
-        betas: decay of Adam's moments, in [0, 1).
+        betas: decay of Adam's moments, in [0, 1). The default suits runs of some hundred steps; (0.9, 0.999) is as good
+            in long ones.
         eps: Adam's ε.
         weight_decay: decoupled decay (AdamW).
         statistics: ``"activation"`` (K-FAC, by one hook per pair), ``"gradient"`` (Shampoo on the rank side, no hook),
@@ -44,15 +52,17 @@ class GritKFAC(BucketedOptimizer):
             ``"paper"``: the other way round, as GRIT publishes it.
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
             The moments live in the rule's coordinates, so it stays what it was at the first step.
-        damping: λ > 0, relative to the mean eigenvalue, of the factor or, under ``"polar"``, of the step's own Gram
-            matrix; a 0-d tensor is allowed. Unused by ``"eigen"``, whose basis it would not change.
+        outer_rank: k ≥ 0, directions of the outer factors that are kept, at most the width of a matrix; 0 for none.
+            Each costs one number per column of A and row of B: k = r makes AdamW's state half as large again.
+        damping: λ > 0, relative to the mean eigenvalue: of the outer factors, of the r×r factors and, under
+            ``"polar"``, of the step's own Gram matrix; a 0-d tensor is allowed.
         factor_decay: EMA decay β in [0, 1], bias-corrected; 1 is GRIT's running mean that never forgets.
         factor_every: steps between observations; the hooks are idle in between.
         inverse_every: steps between new matrices.
         warmup_steps: plain AdamW for so many steps while the factors fill.
         reprojection: ``"balanced"`` (ours: leaves ΔW alone and orders directions by energy), GRIT's ``"paper"``
             (two-sided) or ``"paper-one-sided"``, or None.
-        reproject_every: steps between reprojections; 0 for never.
+        reproject_every: steps between reprojections; 0 for never; None: 25 with a ``rank_threshold``, else never.
         rank_threshold: τ in (0, 1]: keep the fewest directions with a share τ of the energy; None keeps all.
         min_rank: never fewer directions than this; at most the rank of every pair.
         adapter: only this adapter's pairs; None for all.

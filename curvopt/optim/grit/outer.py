@@ -33,7 +33,10 @@ def precondition(bucket: Bucket, found_inf: Tensor) -> None:
     if shards is not None:
         shards.sum_(products)
     mu, trace = state["outer_eigenvalues"], state["outer_trace"]
-    new = outer_map(products, mu, trace, bucket.widths, g["factor_decay"], g["damping"], found_inf)
+    decay = g["factor_decay"]
+    if decay == 1:  # the running mean: the newest of t gradients weighs 1/t
+        decay = 1 - 1 / (state["step"] + 1)
+    new = outer_map(products, mu, trace, bucket.widths, decay, g["damping"], found_inf)
     mu.copy_(new.mu)
     trace.copy_(new.trace)
     if bucket.steps <= g["warmup_steps"]:

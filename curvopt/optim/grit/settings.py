@@ -13,8 +13,8 @@ REPROJECTIONS = ("balanced", "paper", "paper-one-sided", None)
 MIN_RANK = 4
 
 # what the groups that hold a pair's A and B must agree on
-SHARED = ("statistics", "outer_rank", "sides", "update", "damping", "factor_decay", "factor_every", "inverse_every",
-          "warmup_steps", "reprojection", "reproject_every", "rank_threshold", "min_rank")  # fmt: skip
+SHARED = ("outer_rank", "sides", "update", "damping", "factor_decay", "factor_every", "inverse_every",
+          "warmup_steps", "reprojection", "reproject_every", "rank_threshold", "min_rank", "statistics")  # fmt: skip
 
 
 # steps between reprojections where a threshold of the rank asks for them and nobody says how many
@@ -51,7 +51,6 @@ def check_group(g: dict[str, Any]) -> None:
         check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, '0 with statistics="none"')
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
-    check("factor_decay", decay, g["outer_rank"] == 0 or decay < 1, "below 1 with outer factors (outer_rank > 0)")
 
 
 def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None:
