@@ -367,7 +367,7 @@ class Capture:
     def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
         """Count what is kept, after its gradient was added to ``grad``; drop what an earlier gradient left.
 
-        See `curvopt.lora.hooks`.
+        See ``curvopt.lora.hooks``.
         """
         if of_A or not record.pair.a_trainable:
             if not continues(grad, record.version, self._many):
