@@ -23,21 +23,13 @@ TUNED = "AdamW (0.7, 0.99)"
 
 
 def summary_table(runs: Runs) -> list[Row]:
-    """Return three lines for README: test loss on the text tasks, step time and memory, of a few optimizers."""
+    """Return README's line: test loss on the text tasks, of a few optimizers."""
     tasks = ("language", "headers", "headers32")
-    columns = {"AdamW": "AdamW fused", TUNED: "AdamW fused", "GritKFAC": "GritKFAC polar", "Muon": "Muon"}
-    times = {row["optimizer"]: row for row in step_times("models") if row["model"] == "Qwen2.5-0.5B"}
-    memory = {row["optimizer"]: row for row in read_csv(RESULTS / "memory.csv") if row["model"] == "Qwen2.5-0.5B"}
-    labels = {TUNED: "AdamW, its betas tuned", "GritKFAC": "`GritKFAC`"}
+    labels = {"AdamW": "AdamW", TUNED: "AdamW, its betas tuned", "GritKFAC": "`GritKFAC`", "Muon": "Muon"}
     loss: Row = {"": "test loss, " + ", ".join(tasks)}
-    time: Row = {"": "time of an optimizer step"}
-    peak: Row = {"": "peak memory of a step"}
-    for name, other in columns.items():
-        label = labels.get(name, name)
+    for name, label in labels.items():
         loss[label] = ", ".join(f"{statistics.fmean(runs.column(task, name, 'test')):.3f}" for task in tasks)
-        time[label] = f"{times[other]['ratio']:.2f}"
-        peak[label] = f"{memory[other]['peak_ratio']:.2f}"
-    return [loss, time, peak]
+    return [loss]
 
 
 def task_table(runs: Runs, task: str) -> list[Row]:

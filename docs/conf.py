@@ -47,7 +47,11 @@ toc_object_entries_show_parents = "hide"
 
 # every reference to a name of the package must resolve; what other projects document is not at hand
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!curvopt\b).*"), ("py:.*", r"curvopt\.optim\..*"), ("py:.*", r"curvopt\..*\._\w+")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!curvopt\b).*"),
+    ("py:.*", r"curvopt\.optim\..*"),
+    ("py:.*", r"curvopt\..*\._\w+"),
+]
 
 BARS = re.compile(r"(``[^`]*``|`[^`]*`)|(?<!\\)\|")
 

@@ -135,9 +135,13 @@ def halves(world=None):
     )  # fmt: skip
     for i in STEPS:
         g = torch.Generator().manual_seed(i)
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=g).to(p.dtype)
-            p.grad = distribute_tensor(noise, p.device_mesh, p.placements) if hasattr(p, "placements") else noise
+        grads = {p: torch.randn(p.shape, generator=g).to(p.dtype) for p in model.parameters()}
+        for pair in optimizer.pairs:  # those of some W: a pair whose gradients no product B A can have keeps its basis
+            A, B = (p.full_tensor() if hasattr(p, "placements") else p for p in (pair.A.detach(), pair.B.detach()))
+            W = torch.randn(B.shape[0], A.shape[1], generator=g).to(A.dtype)
+            grads[pair.A], grads[pair.B] = B.T @ W, W @ A.T
+        for p, grad in grads.items():
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if hasattr(p, "placements") else grad
         optimizer.step()
     return processes.snapshot(model), optimizer.ranks()
 
