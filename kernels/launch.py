@@ -170,6 +170,13 @@ def config(op: str, rp: int, target: str | None = None) -> Config | None:
     return EXCEPTIONS[op, rp, target] if (op, rp, target) in EXCEPTIONS else TABLE.get((op, rp))
 
 
+def shipped(op: str, rp: int) -> Config:
+    """Return the configuration of a kernel that is shipped wherever its callers got to, as their ``supports`` saw."""
+    c = config(op, rp)
+    assert c is not None, f"{op} at padded rank {rp} is not shipped on {here()}"
+    return c
+
+
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Launch a kernel. Every launch of this package goes through here, so that it can be counted or left out.
 

@@ -169,8 +169,7 @@ class Outer:
         self._meta = meta
         self._r, self._k = first.exp_avg.shape[first.rank_dim], first.basis.shape[first.rank_dim]
         self._rp, self._kp = launch.padded(self._r, 16), launch.padded(self._k, 16)
-        c = launch.config("outer", max(self._rp, self._kp))
-        assert c is not None, "shipped for every rank"
+        c = launch.shipped("outer", max(self._rp, self._kp))
         self._c, self._type = c, launch.TYPES[first.basis.dtype]
         lengths = tuple(s.exp_avg.shape[3 - s.rank_dim] for s in slabs for _ in s.params)
         self._count = len(lengths)

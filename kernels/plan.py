@@ -64,7 +64,7 @@ class UpdatePlan:
         self._shapes = [s.exp_avg.shape[1:] for s in slabs for _ in s.params]
         self._numels = [math.prod(shape) for shape in self._shapes]
         self._count = len(self._shapes)
-        self._c = c = _config("update", rp)
+        self._c = c = launch.shipped("update", rp)
         self._lengths = tuple(s.exp_avg.shape[3 - s.rank_dim] for s in slabs for _ in s.params)
         tiles, starts = tables.tiling(self._lengths, c.block)
         counts = [-(-n // c.block) for n in self._lengths]
@@ -86,11 +86,11 @@ class UpdatePlan:
         self._gradients = self._scalars
         self._captured: list[Tensor] = []
         self._align = False
-        summing = self._summing = _config("polar", rp)
+        summing = self._summing = launch.shipped("polar", rp)
         self._group = min(summing.group, launch.padded(-(-max(self._lengths) // summing.block), 1))
         self._parts = polar.Parts(self._lengths, summing.block, self._group, r * r, device)
         self._outer = outer.Outer(slabs, self._meta) if has(first, "basis") else None
-        self._looks = _config("nonfinite", 0)
+        self._looks = launch.shipped("nonfinite", 0)
         runs = tables.tiling(tuple(self._numels), self._looks.block)[0]
         self._runs = tables.upload(runs, torch.int32, device)
         self._sizes = tables.upload(self._numels, torch.int32, device)
@@ -252,12 +252,6 @@ class UpdatePlan:
             PREC=c.precision, HAS_M=M is not None, HAS_K=k is not None, ALIGN=self._straight,
             num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
-
-
-def _config(op: str, rp: int) -> launch.Config:
-    c = launch.config(op, rp)
-    assert c is not None, "shipped wherever updates are"
-    return c
 
 
 def _rates(s: Any) -> Tensor | None:

@@ -154,9 +154,7 @@ class Parts:
         counts = [-(-n // span) for n in lengths]
         self.count, self._tensors, self._numbers = len(parts) // 2, len(counts), numbers
         self.table = tables.upload(parts, torch.int32, device)
-        c = launch.config("total", 0)
-        assert c is not None, "shipped everywhere"
-        self._most, self._adding = launch.padded(max(counts), 1), c
+        self._most, self._adding = launch.padded(max(counts), 1), launch.shipped("total", 0)
         ranges = [x for pair in zip(first, counts, strict=True) for x in pair]
         self._ranges = tables.upload(ranges, torch.int32, device)
 

@@ -323,7 +323,6 @@ class Rule:
         turns: whether the moments are mapped along when the matrix is made anew.
         acting: what acts on a gradient along eigenvectors of Ŝ, from the eigenvalues and those of Ŝ + λI; the former
             where it is a basis that acts, or nothing.
-        damps: whether λ is the rule's own, and not its matrix'.
         shared: how many numbers a matrix of rank r sums over the processes that hold its pieces.
     """
 
@@ -334,7 +333,6 @@ class Rule:
     coordinates: Callable[[Tensor], Tensor] | None
     turns: bool
     acting: Callable[[Tensor, Tensor], Tensor]
-    damps: bool = False
     shared: Callable[[int], int] = lambda r: 0
 
     def __call__(self, slabs: Sequence[Slab], found_inf: Tensor) -> None:
@@ -366,7 +364,7 @@ RULES = {
     for rule in (
         Rule(
             "polar", polar_update, None, None, None, False, lambda values, damped: values,
-            damps=True, shared=lambda r: r * r,
+            shared=lambda r: r * r,
         ),
         Rule("eigen", eigen_update, "eigenbasis", "basis", _transposed, True, lambda values, damped: values),
         Rule("adam", adam_update, "damped_inverse", "inverse", _itself, False, lambda values, damped: 1 / damped),
