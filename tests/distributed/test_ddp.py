@@ -13,6 +13,7 @@ from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
 from curvopt.distributed import all_reduce_grams, all_reduce_sums, local, world_size
 
 STEPS = range(10)
+ROUNDING = 1e-4
 ALL = {"inverse_every": 3, "reproject_every": 4, "rank_threshold": 0.9, "min_rank": 1, "weight_decay": 0.1}
 UNEVEN = {2: (1, 7), 4: (1, 2, 2, 3)}
 
@@ -209,8 +210,8 @@ def test_processes_are_one_with_all_rows(found, expected, name, size):
     (got, live), (want, ranks) = found[0][name, size], expected[name]
     assert got.keys() == want.keys()
     if name.endswith("-32"):
-        # rounding of the averaged gradients in float32, through the roots of the outer factors
-        models.assert_near(parameters(got), parameters(want), rtol=1e-6, atol=2e-5)
+        # rounding of the averaged gradients in float32, through the roots of the outer factors: a thirtieth of a step
+        models.assert_near(parameters(got), parameters(want), rtol=1e-6, atol=ROUNDING)
     else:  # float64: rounding in another order, grown over the steps by divisions by √v̂
         models.assert_near(got, want, rtol=1e-8, atol=1e-10)
     assert live == ranks
@@ -232,7 +233,7 @@ def test_strata_are_spread_over_processes(found, size):
 def test_statistics_of_one_process_alone_are_not_enough(found, expected, size):
     runs = [parameters(process["apart", size][0]) for process in found[:size]]
     want = parameters(expected["eigen-32"][0])
-    assert any((runs[0][name] - want[name]).abs().max() > 1e-4 for name in want)
+    assert max((runs[0][name] - want[name]).abs().max() for name in want) > 10 * ROUNDING
     assert models.differences(runs[0], runs[1]) != []  # replicas drift apart
 
 

@@ -111,8 +111,8 @@ def assert_agrees(run, expected, exact):
         models.assert_near(got, want, rtol=1e-8, atol=1e-10)
     else:
         params = [{k: v for k, v in snapshot.items() if "/" not in k} for snapshot in (got, want)]
-        # rounding of sums over pieces in float32, through the roots of the outer factors; steps have a size of 1e-2
-        models.assert_near(*params, rtol=1e-6, atol=2e-5)
+        # rounding of sums over pieces in float32, through the roots of the outer factors: a hundredth of a step of 1e-2
+        models.assert_near(*params, rtol=1e-6, atol=1e-4)
     moments = {name: at for name, at in placed.items() if "/exp_avg" in name or "/outer_basis" in name}
     assert moments and all("Shard" in at for at in moments.values())
     assert all(at == "" for name, at in placed.items() if name not in moments)
