@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from curvopt.functional import inverse, moments, nested
+from curvopt.functional import inverse, moments, nested, outer
 from curvopt.functional.plan import ReferencePlan
 from curvopt.functional.update import RULES
 
@@ -29,6 +29,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "damped_inverse": inverse.damped_inverse,
     "damped_inverse_root": inverse.damped_inverse_root,
     "eigenbasis": inverse.eigenbasis,
+    "outer_map": outer.outer_map,
     **{f"{name}_update": update for name, update in RULES.items()},
     "row_update": nested.row_update,
 }

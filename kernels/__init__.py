@@ -20,7 +20,7 @@ def _loaded() -> dict[str, tuple[Callable[..., Any], Callable[..., bool]]]:
     """Return every op with the predicate of its arguments."""
     if find_spec("triton") is None:
         return {}
-    from . import eigen, inverse, moments, root, update
+    from . import eigen, inverse, moments, outer_map, root, update
 
     return {
         "gram": (moments.gram, moments.supports_gram),
@@ -29,6 +29,7 @@ def _loaded() -> dict[str, tuple[Callable[..., Any], Callable[..., bool]]]:
         "ema_": (moments.ema_, moments.supports_ema),
         "damped_inverse": (inverse.damped_inverse, inverse.supports),
         "damped_inverse_root": (root.damped_inverse_root, root.supports),
+        "outer_map": (outer_map.outer_map, outer_map.supports),
         "eigenbasis": (eigen.eigenbasis, eigen.supports),
         **update.OPS,
     }

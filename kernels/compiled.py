@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eigen, inverse, launch, moments, outer, polar, root, update_tiles, whole
+from . import eigen, inverse, launch, moments, outer, outer_map, polar, root, update_tiles, whole
 
 F32, I32, I64, NUMBER = "*fp32", "*i32", "*i64", "fp32"
 MODES = {
@@ -159,6 +159,18 @@ def _outer(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
         yield Case(op, f"precondition {label}", outer._precondition, given | {"found_inf": F32}, own, c)
 
 
+def _outer_map(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
+    types = {"products": F32, "mu": F32, "trace": F32, "width": F32, "found_inf": F32, "decay": NUMBER}
+    types |= {"damping": NUMBER, "maps": F32, "new_mu": F32, "new_trace": F32}
+    most = min(rp, outer_map.MAX_DIRECTIONS)
+    for r, k in dict.fromkeys(((rp, 16), (16, most), (rp, most))):
+        if max(r, k) < rp:
+            continue
+        own = {"R": r, "K": k, "RP": launch.padded(r, 16), "KP": launch.padded(k, 16), "PREC": c.precision}
+        own |= {"DECAY_ON_DEVICE": False, "DAMPING_ON_DEVICE": False}
+        yield Case(op, f"r={r} k={k}", outer_map._outer_map, types, own, c, ("decay", "damping"))
+
+
 def _total(op: str, _: int, c: launch.Config) -> Iterator[Case]:
     types = {"grams": F32, "ranges": I32, "out": F32}
     yield Case(op, "16 parts", polar._total, types, {"NP": 16, "RR": 4096, "BLOCK": c.block}, c)
@@ -204,6 +216,7 @@ MAKERS = {
     "update": _update,
     "polar": _polar,
     "outer": _outer,
+    "outer_map": _outer_map,
     "total": _total,
     "prepare": _prepare,
     "nonfinite": _nonfinite,

@@ -84,6 +84,11 @@ TABLE: dict[tuple[str, int], Config] = {
     ("outer", 64): Config(block=32, warps=8, group=16, precision="tf32x3"),
     # the stack at 128 (r = 96, k = 128, 16-bit) holds what is kept across the products
     ("outer", 128): Config(block=16, warps=8, group=64, precision="tf32x3", stack=208),
+    ("outer_map", 16): Config(warps=2),
+    ("outer_map", 32): Config(warps=4),
+    ("outer_map", 64): Config(warps=8),
+    # r alone reaches 128 there; the stack (sm_100) is a few numbers kept across the products
+    ("outer_map", 128): Config(warps=16, stack=80),
     ("total", 0): Config(block=256, warps=2),
     ("prepare", 0): Config(warps=1),
     ("nonfinite", 0): Config(block=4096, warps=4),
@@ -119,6 +124,7 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("outer", 64, "gfx942"): Config(block=32, warps=8, group=16),
     ("outer", 128, "gfx942"): Config(block=16, warps=8, group=64),
     ("outer", 16, "sm_100"): Config(block=32, warps=2, group=8, precision="tf32x3"),
+    ("outer_map", 128, "gfx942"): None,  # keeps 600 bytes of stack
     ("root", 64, "gfx942"): Config(block=32, warps=8),
     ("root", 128, "gfx942"): Config(block=32, warps=8),
     ("gram32", 16, "gfx942"): Config(block=64, warps=2),

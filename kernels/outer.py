@@ -1,7 +1,7 @@
 """Outer factors on the device: the products [G Gᵀ | G Vᵀ] of all matrices, and the maps [G; V] ← M [G; V].
 
 G is the gradient and V the basis of its outer factor, rank first, ``(R, D)`` and ``(K, D)``; B and its V are stored
-the other way round. The algebra between the two, of size R + K, is `curvopt.functional.outer.outer_map`, in torch.
+the other way round. The algebra between the two, of size R + K, is the op `outer_map`.
 
     products:  H = G Gᵀ,  P = G Vᵀ          as [R, R + K], summed over programs as the Gram matrices of "polar" are
     maps:      G' = M₁₁ G + M₁₂ V  (to a buffer that the update reads in place of the gradients),

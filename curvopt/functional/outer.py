@@ -26,25 +26,9 @@ squared at every step that sees gradients, because Y weighs V by β μ.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-@dataclass
-class OuterMap:
-    """What `outer_map` returns.
-
-    Attributes:
-        M: ``[T, r + k, r + k]``: [G S̃^(-1/2) √(1+λ); V] ← M [G; V].
-        mu: ``[T, k]`` new eigenvalues.
-        trace: ``[T]`` new traces.
-    """
-
-    M: Tensor
-    mu: Tensor
-    trace: Tensor
 
 
 def cosine_rows(k: int, d: int, begin: int = 0, end: int | None = None) -> Tensor:
@@ -66,7 +50,7 @@ def outer_map(
     decay: float | Tensor,
     damping: float | Tensor,
     found_inf: Tensor,
-) -> OuterMap:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Advance T outer factors by one gradient each, and return what preconditions these gradients.
 
     Where a factor is empty, because no gradient has been other than zero yet, the gradient is left as it is. Where the
@@ -80,44 +64,44 @@ def outer_map(
         decay: β in [0, 1), or a 0-d tensor.
         damping: λ > 0; a 0-d tensor is read on its device.
         found_inf: 0-d float; non-zero: nothing changes.
+
+    Returns:
+        M ``[T, r + k, r + k]``, with [G S̃^(-1/2) √(1+λ); V] ← M [G; V]; the new μ; the new traces.
     """
     r = products.shape[1]
     k = products.shape[2] - r
-    H, P = products.split([r, k], dim=2)
-    new_trace = decay * trace + (1 - decay) * H.diagonal(dim1=1, dim2=2).mean(1)
+    new_trace = decay * trace + (1 - decay) * products[:, :, :r].diagonal(dim1=1, dim2=2).mean(1)
     t = torch.where(new_trace > 0, new_trace, 1.0)
     # the trace is the unit from here on: squares of small gradients' squares would underflow
-    H, P, mu_old = H / t[:, None, None], P / t.sqrt()[:, None, None], mu / t[:, None]
+    unit, mu_old = t.sqrt()[:, None, None], mu / t[:, None]
+    products = products / torch.cat((unit.square().expand(-1, 1, r), unit.expand(-1, 1, k)), 2)
+    H, P = products.split([r, k], dim=2)
     rest = ((trace / t - mu_old.sum(1)) / (d - k).clamp(min=1)).clamp(min=0)
     share = (1 - decay) / r
     D = decay * mu_old + (damping / d)[:, None]
-    # Y = D V + share Pᵀ G, its Gram matrix, and V' = L⁻¹ Y = keep V + take G
-    PtP = P.mT @ P
-    gram = torch.diag_embed(D.square()) + share * (D[:, :, None] * PtP + PtP * D[:, None, :])
-    gram += share**2 * (P.mT @ H @ P)
+    # Y = share Pᵀ G + D V, its Gram matrix, and V' = L⁻¹ Y = take G + keep V
+    gram = P.mT @ torch.baddbmm(P * D[:, None, :], H, P * (0.5 * share)) * share
+    gram = gram + gram.mT
+    gram.diagonal(dim1=1, dim2=2).add_(D.square())
     L, _ = torch.linalg.cholesky_ex(gram)
-    both = torch.linalg.solve_triangular(L, torch.cat((torch.diag_embed(D), share * P.mT), 2), upper=False)
-    keep, take = both.split([k, r], dim=2)
-    P_new = P @ keep.mT + H @ take.mT  # G V'ᵀ
-    turned = (keep + take @ P).square()  # (V' Vᵀ)²
-    kept = (turned * mu_old[:, None, :]).sum(2) + rest[:, None] * (1 - turned.sum(2)).clamp(min=0)
+    both = torch.linalg.solve_triangular(L, torch.cat((share * P.mT, torch.diag_embed(D)), 2), upper=False)
+    take, keep = both.split([r, k], dim=2)
+    P_new = products @ both.mT  # G V'ᵀ
+    turned = torch.baddbmm(keep, take, P).square_()  # (V' Vᵀ)²
+    kept = (turned @ mu_old[:, :, None])[:, :, 0] + rest[:, None] * (1 - turned.sum(2)).clamp(min=0)
     mu_new = decay * kept + share * P_new.square().sum(1)
     # S̃ has a mean eigenvalue of 1 + λ
     rho = ((1 - mu_new.sum(1)) / (d - k).clamp(min=1)).clamp(min=0)
     c = ((1 + damping) / (rho * d + damping)).sqrt()
     w = ((1 + damping) / (mu_new * d[:, None] + damping)).sqrt() - c[:, None]
-    eye = torch.eye(r + k, dtype=P.dtype, device=P.device)
-    Pw = P_new * w[:, None, :]
-    M = torch.cat(
-        (
-            torch.cat((c[:, None, None] * eye[:r, :r] + Pw @ take, t.sqrt()[:, None, None] * (Pw @ keep)), 2),
-            torch.cat((take / t.sqrt()[:, None, None], keep), 2),
-        ),
-        1,
-    )
-    good = (new_trace > 0) & torch.isfinite(M).all(2).all(1) & torch.isfinite(mu_new).all(1) & (found_inf == 0)
-    return OuterMap(
-        M=torch.where(good[:, None, None], M, eye),
-        mu=torch.where(good[:, None], mu_new * t[:, None], mu),
-        trace=torch.where(good, new_trace, trace),
+    M = torch.cat(((P_new * w[:, None, :]) @ both, both), 1)  # [c I + P' diag(w) take, P' diag(w) keep; take, keep]
+    M[:, :r].diagonal(dim1=1, dim2=2).add_(c[:, None])
+    M[:, :r, r:] *= unit
+    M[:, r:, :r] /= unit
+    # what is not finite in the products or in their Cholesky factor is in every sum that it enters
+    good = (new_trace > 0) & torch.isfinite(new_trace + mu_new.sum(1)) & (found_inf == 0)
+    return (
+        torch.where(good[:, None, None], M, torch.eye(r + k, dtype=M.dtype, device=M.device)),
+        torch.where(good[:, None], mu_new * t[:, None], mu),
+        torch.where(good, new_trace, trace),
     )

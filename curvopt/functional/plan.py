@@ -29,6 +29,7 @@ class ReferencePlan:
         self._dtype = compute_dtype(slabs[0].exp_avg.dtype)
         self._own: dict[int, Tensor] = {}
         self._shared: Tensor | None = None
+        self._shared_basis = torch.empty(0)
 
     def load(self, grads: Sequence[Tensor]) -> bool:
         """Take the T gradients of this step in the order of the slabs; False if they do not fit the plan."""
@@ -63,7 +64,11 @@ class ReferencePlan:
         if self._shared is None:
             most = max(s.exp_avg.numel() for s in self.slabs)
             self._shared = torch.empty(most, dtype=self._dtype)
+            widest = max(0 if s.basis is None else s.basis.numel() for s in self.slabs)
+            self._shared_basis = torch.empty(widest, dtype=self._dtype)
         for i, s in enumerate(self.slabs):
+            if s.basis is not None:
+                s.spare_basis = self._shared_basis[: s.basis.numel()].view(s.basis.shape)
             s.spare = self._shared[: s.exp_avg.numel()].view(s.exp_avg.shape)
             s.delta = None if isinstance(s.grads, Tensor) else self._buffer(i)
 

@@ -74,6 +74,7 @@ class Slab:
         matrix: ``[L, r, r]`` the rule's matrix, or None for the identity.
         hyper: learning rate, betas, eps, decay.
         spare: a workspace like ``grads``, which slabs may share, or None to allocate one.
+        spare_basis: a workspace like ``basis`` in the compute dtype, which slabs may share, or None to allocate one.
         delta: a workspace of the slab's own for a step made of listed ``grads``, or None to allocate one.
         reduce: sums a tensor in place over the processes that hold other pieces of the matrices; None: there are none.
         damping: λ > 0 of "polar", a number or a 0-d tensor.
@@ -97,6 +98,7 @@ class Slab:
     k: Tensor | None = None
     basis: Tensor | None = None
     outer: Tensor | None = None
+    spare_basis: Tensor | None = None
 
 
 # elements that a pass may write and the next still finds in a CPU's cache
@@ -201,6 +203,7 @@ def _pieces(slabs: Sequence[Slab]) -> Iterator[Slab]:
                 basis=None if s.basis is None else s.basis[cut],
                 outer=None if s.outer is None else s.outer[cut],
                 spare=None if s.spare is None else s.spare[: cut.stop - i],
+                spare_basis=None if s.spare_basis is None else s.spare_basis[: cut.stop - i],
                 delta=None if s.delta is None else s.delta[cut],
             )
 
@@ -251,9 +254,19 @@ def precondition_(s: Slab, G: Tensor, out: Tensor, found_inf: Tensor) -> None:
     """Write ∇ S̃^(-1/2) into ``out`` and the next V into the basis, [∇; V] ← M [∇; V]; V stays if ``found_inf``."""
     assert s.outer is not None and s.basis is not None
     r, M, V = G.shape[s.rank_dim], s.outer.to(G.dtype), s.basis.to(G.dtype)
-    left(M[:, :r, :r], G, s.rank_dim, out=out).add_(left(M[:, :r, r:], V, s.rank_dim))
-    new = left(M[:, r:, :r], G, s.rank_dim).add_(left(M[:, r:, r:], V, s.rank_dim))
-    s.basis.copy_(torch.where(found_inf == 0, new, V))
+    _sum_of_maps(M[:, :r, :r], G, M[:, :r, r:], V, s.rank_dim, out)
+    new = _sum_of_maps(M[:, r:, :r], G, M[:, r:, r:], V, s.rank_dim, s.spare_basis)
+    if V is s.basis:
+        torch.where(found_inf == 0, new, V, out=V)
+    else:
+        s.basis.copy_(torch.where(found_inf == 0, new, V))
+
+
+def _sum_of_maps(M: Tensor, X: Tensor, N: Tensor, Y: Tensor, rank_dim: int, out: Tensor | None) -> Tensor:
+    """Return M X + N Y, the rank first or last as ``rank_dim`` says, in ``out`` if given."""
+    if rank_dim == 1:
+        return torch.bmm(M, X, out=out).baddbmm_(N, Y)
+    return torch.bmm(X, M.mT, out=out).baddbmm_(Y, N.mT)
 
 
 def fused_adamw(

@@ -22,9 +22,9 @@ def products(G, V):
 def advanced(G, V, mu, trace, decay=0.95, damping=0.1, found_inf=FINE):
     """One step: what preconditions G, the new basis and the new numbers."""
     d = torch.full((len(G),), float(G.shape[2]), dtype=G.dtype)
-    new = outer_map(products(G, V), mu, trace, d, decay, damping, found_inf)
-    Z = new.M @ torch.cat((G, V), 1)
-    return Z[:, : G.shape[1]], Z[:, G.shape[1] :], new.mu, new.trace
+    M, mu, trace = outer_map(products(G, V), mu, trace, d, decay, damping, found_inf)
+    Z = M @ torch.cat((G, V), 1)
+    return Z[:, : G.shape[1]], Z[:, G.shape[1] :], mu, trace
 
 
 def start(T, k, d, dtype=F64):
@@ -155,10 +155,12 @@ def test_what_is_not_finite_changes_nothing(bad):
     P = products(G, V)
     if bad != "found":
         P[0, 0, 0] = float(bad)
-    new = outer_map(P, mu, trace, torch.full((2,), 12.0, dtype=F64), 0.95, 0.1, torch.tensor(float(bad == "found")))
+    M, new_mu, new_trace = outer_map(
+        P, mu, trace, torch.full((2,), 12.0, dtype=F64), 0.95, 0.1, torch.tensor(float(bad == "found"))
+    )
     eye = torch.eye(7, dtype=F64)
-    assert torch.equal(new.M[0], eye) and torch.equal(new.mu[0], mu[0]) and new.trace[0] == trace[0]
-    assert torch.equal(new.M[1], eye) == (bad == "found"), "the other matrix is its own"
+    assert torch.equal(M[0], eye) and torch.equal(new_mu[0], mu[0]) and new_trace[0] == trace[0]
+    assert torch.equal(M[1], eye) == (bad == "found"), "the other matrix is its own"
 
 
 def test_start_is_orthonormal_and_made_by_columns():

@@ -36,7 +36,7 @@ def maps_of(plan, slabs, k):
     T, like = len(products), {"dtype": products.dtype, "device": products.device}
     mu = torch.linspace(2.0, 0.1, k, **like).expand(T, k)
     trace = torch.full((T,), 3.0 * k, **like)
-    return outer_map(products, mu, trace, widths.to(products), 0.9, 0.1, torch.zeros((), device=products.device)).M
+    return outer_map(products, mu, trace, widths.to(products), 0.9, 0.1, torch.zeros((), device=products.device))[0]
 
 
 @pytest.mark.parametrize("r, k, d", [(8, 16, 40), (16, 16, 1100), (3, 5, 33), (40, 16, 90), (16, 48, 70)])
@@ -117,3 +117,70 @@ def test_supports(device):
 
     V = cosine_rows(4, 20).float()
     assert fits(V[None]) and not fits(V[None, :, 1:]) and not fits(V[None].to(BF16)) and not fits(V[None].double())
+
+
+@pytest.mark.parametrize("r, k", [(16, 16), (3, 5), (40, 16), (16, 33), (1, 1), (64, 64)])
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_the_map_is_that_of_the_reference(r, k, scale, device):
+    """From the start of a run through ten gradients, against float64 from the same products at every step."""
+    d, T = 4 * max(r, k), 3
+    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -1.0
+    V = cosine_rows(k, d).expand(T, k, d)
+    mu, trace, none = torch.zeros(T, k, device=device), torch.zeros(T, device=device), torch.zeros((), device=device)
+    width = torch.full((T,), float(d), device=device)
+    for n in range(10):
+        g = torch.Generator().manual_seed(n)
+        G = scale * torch.randn(T, r, d, generator=g, dtype=torch.float64) * spectrum.sqrt()
+        products = torch.cat((G @ G.mT, G @ V.mT), 2).float().to(device)
+        got = kernels.OPS["outer_map"](products, mu, trace, width, 0.9, 0.1, none)
+        given = [x.cpu() for x in (products, mu, trace, width)]
+        rounded = outer_map(*given, 0.9, 0.1, torch.zeros(()))
+        exact = outer_map(*[x.double() for x in given], 0.9, 0.1, torch.zeros(()))
+        GV = torch.cat((G / scale, V), 1)
+        for of in range(3):  # of the map, what it does
+            ours, plain, want = (
+                in_units(X[0], r, scale) @ GV if of == 0 else X[of].cpu().double() for X in (got, rounded, exact)
+            )
+            # what the reference itself loses in float32, by rounding of the products and of their Cholesky factor
+            lost = (plain - want).abs().max() + 10 * EPS * want.abs().max()
+            assert (ours - want).abs().max() <= 4 * lost, (n, of)
+            assert lost < 1e-2 * want.abs().max()
+        mu, trace = got[1:]
+        V = (in_units(exact[0], r, scale) @ GV)[:, r:]
+
+
+def in_units(M, r, scale):
+    """The map of [G/scale; V] to [G'/scale; V'], in float64."""
+    M = M.cpu().double()
+    M[:, :r, r:] /= scale
+    M[:, r:, :r] *= scale
+    return M
+
+
+def test_a_map_of_what_is_not_finite_or_empty_is_the_identity(device):
+    products = torch.zeros(4, 3, 5, device=device)
+    products[:, :, :3] = torch.eye(3)
+    products[0, 1, 1], products[1, 0, 4], products[2] = float("inf"), float("nan"), 0
+    mu, trace = torch.tensor([[0.5, 0.25]], device=device).expand(4, 2).contiguous(), torch.ones(4, device=device)
+    trace[2] = mu[2] = 0
+    width, flags = torch.full((4,), 9.0, device=device), torch.tensor([0.0, 1.0], device=device)
+    for flag in flags:
+        M, new_mu, new_trace = kernels.OPS["outer_map"](products, mu, trace, width, 0.9, 0.1, flag)
+        for n in range(4):
+            same = torch.equal(M[n].cpu(), torch.eye(5)) and torch.equal(new_mu[n], mu[n]) and new_trace[n] == trace[n]
+            assert same == (n < 3 or flag == 1)
+
+
+def test_decay_and_damping_may_lie_on_the_device(device):
+    given = [
+        torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0)).abs(), torch.ones(2, 3), torch.full((2,), 4.0),
+        torch.full((2,), 20.0),
+    ]  # fmt: skip
+    given = [x.to(device) for x in given]
+    none, op = torch.zeros((), device=device), kernels.OPS["outer_map"]
+    numbers = op(*given, 0.75, 0.125, none)
+    tensors = op(*given, torch.tensor(0.75, device=device), torch.tensor(0.125, device=device), none)
+    assert all(torch.equal(x, y) for x, y in zip(numbers, tensors, strict=True))
+    assert kernels.supports("outer_map", *given, 0.75, 0.125, none)
+    assert not kernels.supports("outer_map", *given, 0.75, 1e-9, none)
+    assert not kernels.supports("outer_map", *[x.double() for x in given], 0.75, 0.125, none)

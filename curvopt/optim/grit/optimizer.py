@@ -173,7 +173,9 @@ class GritKFAC(BucketedOptimizer):
             self._curvature.entangled = reproject.entangled(reprojected)
         for bucket in buckets:
             if bucket.outer_rank:
-                outer.precondition(bucket, found_inf[bucket.device])  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
+                outer.precondition(
+                    bucket, self._ops, found_inf[bucket.device]
+                )  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
             bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
         self._update_others(others, found_inf)
         if reprojected:

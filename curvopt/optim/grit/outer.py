@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from curvopt.functional import compute_dtype
-from curvopt.functional.outer import outer_map
+from curvopt.ops import Ops
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket
 
@@ -23,7 +23,7 @@ def small_state(side: Side) -> dict[str, Tensor]:
     return {"outer_eigenvalues": torch.zeros(k, **like), "outer_trace": torch.zeros((), **like)} if k else {}
 
 
-def precondition(bucket: Bucket, found_inf: Tensor) -> None:
+def precondition(bucket: Bucket, ops: Ops, found_inf: Tensor) -> None:
     """S ← β S + (1−β) ∇ᵀ∇/r, and let the plan read ∇ S̃^(-1/2) for ∇ in this step; plain ∇ during the warm-up.
 
     DDP has averaged the gradients, so every process has the same factor; pieces of a sharded matrix are summed.
@@ -36,9 +36,9 @@ def precondition(bucket: Bucket, found_inf: Tensor) -> None:
     decay = g["factor_decay"]
     if decay == 1:  # the running mean: the newest of t gradients weighs 1/t
         decay = 1 - 1 / (state["step"] + 1)
-    new = outer_map(products, mu, trace, bucket.widths, decay, g["damping"], found_inf)
-    mu.copy_(new.mu)
-    trace.copy_(new.trace)
+    M, new_mu, new_trace = ops("outer_map", products, mu, trace, bucket.widths, decay, g["damping"], found_inf)
+    mu.copy_(new_mu)
+    trace.copy_(new_trace)
     if bucket.steps <= g["warmup_steps"]:
-        new.M[:, : bucket.r] = torch.eye(bucket.r, new.M.shape[2], dtype=new.M.dtype, device=new.M.device)
-    bucket.plan.take_outer(new.M)
+        M[:, : bucket.r] = torch.eye(bucket.r, M.shape[2], dtype=M.dtype, device=M.device)
+    bucket.plan.take_outer(M)
