@@ -20,6 +20,10 @@ In "polar", our derivation, G = δδᵀ on the rank side, Ĝ has a mean eigenval
 λ → ∞ gives AdamW. λ → 0 gives the polar factor of δ: of all steps of its spectral norm the one furthest along Adam's,
 since it moves all r directions alike. It is to Adam's step what Muon's is to the momentum, at r×r cost.
 
+In "eigen" a direction of the rank side that no row of the statistics reaches has a coordinate of its own, whose
+gradient is rounding, of which Adam makes a step of full length. With fewer rows than r in a step, or a layer that uses
+fewer than r directions, take another rule: in the others such a direction shares its coordinates with what is alive.
+
 ``found_inf`` is torch's convention: a 0-d float tensor, non-zero when this step must change nothing.
 """
 
