@@ -88,6 +88,7 @@ def light() -> dict[str, Factory]:
         BASELINE: adamw(fused=True),
         "AdamW foreach": adamw(foreach=True),
         **{f"GritKFAC {rule}": grit(update=rule) for rule in ("polar", "eigen", "adam", "whiten", "momentum")},
+        "GritKFAC polar, no outer factors": grit(outer_rank=0),
         "GritKFAC eigen, gradient": grit(update="eigen", statistics="gradient"),
         "GritKFAC eigen, weight": grit(update="eigen", statistics="weight"),
         "GritKFAC adam, weight": grit(update="adam", statistics="weight"),

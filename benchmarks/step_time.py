@@ -9,7 +9,7 @@ Each optimizer is timed beside the baseline, blocks of a whole cadence (10 steps
 - ``axes``: growth with rank, pairs and d, one at a time around a centre;
 - ``blocks``: few pairs, where optimizers with d×d factors are bearable;
 - ``models``: the adapters of three published models (`shapes`);
-- ``split``: GritKFAC's statistics, inversion and update, by leaving out one after the other;
+- ``split``: GritKFAC's update, outer factors and rank-side statistics, by leaving out one after the other;
 - ``capture``: forward and backward of the demo's model with and without the hooks.
 
 Rows of results/step_time.csv that the run measures anew are replaced.
@@ -99,13 +99,14 @@ def models(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def split(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
-    """GritKFAC with its work left out piece by piece; differences are statistics and inversion."""
+    """GritKFAC with its work left out piece by piece."""
     r, pairs, d = sizes["centre"]
+    observed = {"statistics": "activation"}
     stages = {
         BASELINE: adamw(fused=True),
-        "update": grit(factor_every=NEVER, inverse_every=NEVER),
-        "update + statistics": grit(inverse_every=NEVER),
-        "update + statistics + inversion": grit(),
+        "update": grit(outer_rank=0),
+        "update + outer factors": grit(),
+        "update + outer factors + statistics": grit(inverse_every=NEVER, **observed),
     }
     for row in timed(stages, square(pairs, d), r, args):
         yield {"part": "split", "r": r, "pairs": pairs, "d": d, **row}
@@ -116,18 +117,16 @@ def capture(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
     from curvopt import GritKFAC
     from curvopt.demo import task as demo
 
-    model = demo.lora_model(demo.untrained_model(demo.PretrainConfig()), rank=8).to(args.device)
-    optimizer = GritKFAC(model)
     x = torch.randint(0, 256, (16, 128), device=args.device)
+    works: dict[str, Any] = {}
+    for name, statistics in (("hooks off", "none"), ("hooks on", "activation")):
+        model = demo.lora_model(demo.untrained_model(demo.PretrainConfig()), rank=8).to(args.device)
+        optimizer = GritKFAC(model, statistics=statistics)
 
-    def run(active: bool) -> None:
-        optimizer._observer.capture.active = active
-        model(input_ids=x, labels=x).loss.backward()
+        def run(model: Any = model) -> None:
+            model(input_ids=x, labels=x).loss.backward()
 
-    works = {
-        "hooks off": (optimizer.zero_grad, lambda: run(False)),
-        "hooks on": (optimizer.zero_grad, lambda: run(True)),
-    }
+        works[name] = optimizer.zero_grad, run
     times = interleave(works, 2 * args.rounds, 2, args.device)
     for name in works:
         yield {
