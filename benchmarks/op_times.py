@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvopt import kernels
+from curvopt.functional.outer import cosine_rows
 from curvopt.functional.update import Hyper, Slab
 from curvopt.ops import REFERENCE
 
@@ -101,6 +102,33 @@ def whole(L: int, r: int, d: int, device: str) -> Iterator[Work]:
     yield "transform_ params", "torch", 8 * numbers, lambda: both.__setitem__(0, (M[:L] @ m[0], m[1] @ M[L:].mT))
 
 
+def outer(L: int, r: int, k: int, d: int, device: str) -> Iterator[Work]:
+    """The outer factors of all pairs, k directions each: products, map, and a step through it under "polar"."""
+    given, none = bucket([(L, d, 1), (L, d, 2)], r, device), torch.zeros((), device=device)
+    V = cosine_rows(k, d).float().to(device).expand(L, k, d).contiguous()
+    for s in given:
+        s.basis, s.matrix = (V if s.rank_dim == 1 else V.mT.contiguous()), None
+    G = torch.cat([torch.stack(s.grads if s.rank_dim == 1 else [g.mT for g in s.grads]) for s in given])
+    products = torch.cat((G @ G.mT, G @ torch.cat((V, V)).mT), 2).contiguous()
+    mu = torch.ones(2 * L, k, device=device)
+    width = torch.full((2 * L,), float(d), device=device)
+    numbers = (products, mu, mu.sum(1) + 1, width, 0.95, 0.1, none)
+    plan = functools.cache(lambda: planned("polar", given))
+    M = REFERENCE["outer_map"](*numbers)[0]
+    small, wide = 4 * 2 * L * (r * (r + k) + (r + k) ** 2), 4 * 2 * L * d
+
+    def step() -> None:
+        plan().take_outer(M)
+        plan().step(none)
+
+    yield "outer_products", "plan", wide * (r + k), lambda: plan().outer_products()
+    yield "outer_products", "torch", wide * (r + k), lambda: [G[:L] @ V.mT, G[L:] @ V.mT, G @ G.mT]
+    yield "outer_map", "kernel", small, lambda: kernels.OPS["outer_map"](*numbers)
+    yield "outer_map", "reference", small, lambda: REFERENCE["outer_map"](*numbers)
+    # beside the 36 of "polar": G and V are read, and V and what the rule reads in place of G are written
+    yield "polar_update, outer factors", "plan", wide * (9 * r + 2 * (r + k)), step
+
+
 def moments(r: int, tokens: int, device: str) -> Iterator[Work]:
     """The Gram matrices of one block of seven linears: u and d of each."""
     zs = [torch.randn(tokens, r, device=device, dtype=torch.bfloat16) for _ in range(14)]
@@ -125,4 +153,5 @@ def all_of(L: int, r: int, d: int, tokens: int, device: str) -> Iterator[Work]:
     yield from inverses(L, r, device)
     yield from updates(L, r, d, device)
     yield from whole(L, r, d, device)
+    yield from outer(L, r, 16, d, device)
     yield from moments(r, tokens, device)
