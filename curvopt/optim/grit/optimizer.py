@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from curvopt.functional.update import RULES, Slab
 from curvopt.lora import LoraPair, resize_pair
@@ -48,39 +50,29 @@ class GritKFAC(BucketedOptimizer):
             ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347), or ``"none"``: neither
             factors nor hooks; only ``"polar"`` takes it, and equalises the singular values of Adam's step. Under
             DP-SGD activations bypass the noise: use ``"gradient"`` or ``"weight"`` there.
-        sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
-            ``"paper"``: the other way round, as GRIT publishes it.
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
             The moments live in the rule's coordinates, so it stays what it was at the first step.
         outer_rank: k ≥ 0, directions of the outer factors that are kept, at most the width of a matrix; 0 for none.
             Each costs one number per column of A and row of B: k = r makes AdamW's state half as large again.
         damping: λ > 0, relative to the mean eigenvalue: of the outer factors, of the r×r factors and, under
             ``"polar"``, of the step's own Gram matrix; a 0-d tensor is allowed.
-        factor_decay: EMA decay β in [0, 1], bias-corrected; 1 is GRIT's running mean that never forgets.
-        factor_every: steps between observations; the hooks are idle in between.
-        inverse_every: steps between new matrices.
-        warmup_steps: plain AdamW for so many steps while the factors fill.
-        reprojection: ``"balanced"`` (ours: leaves ΔW alone and orders directions by energy), GRIT's ``"paper"``
-            (two-sided) or ``"paper-one-sided"``, or None.
         reproject_every: steps between reprojections; 0 for never; None: 25 with a ``rank_threshold``, else never.
         rank_threshold: τ in (0, 1]: keep the fewest directions with a share τ of the energy; None keeps all.
         min_rank: never fewer directions than this; at most the rank of every pair.
-        adapter: only this adapter's pairs; None for all.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``; see `curvopt.ops`.
-        require_pairs: raise when no pair is found; otherwise everything gets AdamW.
         maximize: ascend.
         capturable: steps may be captured in a CUDA graph, after one or more eager ones and with gradients that stay in
             place. A replay repeats what the captured step did: give ``lr`` (and ``damping``) as tensors, and capture a
             step with matrices and one without, or take both cadences as 1. Reprojection needs eager steps.
-        process_group: processes to sum the statistics over; None for the default group, if there is one.
         model: the module to search when ``params`` are groups of tensors.
+        advanced: keywords that most runs leave alone: cadences and decay of the factors, the kind of reprojection,
+            adapter, backend, process group; see `curvopt.optim.grit.AdvancedSettings`.
 
     A step with non-finite gradients changes nothing and is counted; see `diagnostics`. Cadences count the steps in
     which a pair has gradients, such ones included, and what a skipped step should have done stays due. A GradScaler's
     scale stays in S_d, and cancels in all that is made of it until it changes. Adapters in float16 are refused.
 
     Raises:
-        TypeError: see `PairedOptimizer`.
+        TypeError: see `PairedOptimizer`; or an unknown keyword.
         ValueError: no pair, or an argument out of range; the message names argument, value and what is allowed.
     """
 
@@ -95,48 +87,37 @@ class GritKFAC(BucketedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.7, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        statistics: str = "auto",
-        sides: str = "kfac",
-        update: str = "polar",
+        update: settings.Update = "polar",
+        statistics: settings.Statistics = "auto",
         outer_rank: int = 16,
         damping: float | Tensor = 0.1,
-        factor_decay: float = 0.95,
-        factor_every: int = 1,
-        inverse_every: int = 10,
-        warmup_steps: int = 0,
-        reprojection: str | None = "balanced",
         reproject_every: int | None = None,
         rank_threshold: float | None = None,
         min_rank: int = settings.MIN_RANK,
-        adapter: str | None = None,
-        backend: str = "auto",
-        require_pairs: bool = True,
         maximize: bool = False,
         capturable: bool = False,
-        process_group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
+        **advanced: Unpack[settings.AdvancedSettings],
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "capturable": capturable, "statistics": statistics, "sides": sides, "update": update,
-            "outer_rank": outer_rank,
-            "damping": damping, "factor_decay": factor_decay, "factor_every": factor_every,
-            "inverse_every": inverse_every, "warmup_steps": warmup_steps, "reprojection": reprojection,
-            "reproject_every": reproject_every, "rank_threshold": rank_threshold, "min_rank": min_rank,
+            "capturable": capturable, "statistics": statistics, "update": update, "outer_rank": outer_rank,
+            "damping": damping, "reproject_every": reproject_every, "rank_threshold": rank_threshold,
+            "min_rank": min_rank,
         }  # fmt: skip
-        self._process_group = process_group
-        super().__init__(
-            params, defaults, model=model, adapter=adapter, backend=backend, require_pairs=require_pairs
-        )  # fmt: skip
+        others = settings.with_defaults(advanced, [*defaults, "model"])
+        self._process_group = others.pop("process_group")
+        search = {name: others.pop(name) for name in ("adapter", "backend", "require_pairs")}
+        super().__init__(params, defaults | others, model=model, **search)
 
     @classmethod
-    def paper(cls: type[T], params: Any, lr: float = 2e-5, **overrides: Any) -> T:
+    def paper(cls: type[T], params: ParamsT | nn.Module, lr: float | Tensor = 2e-5, **overrides: Any) -> T:
         """Return an optimizer with GRIT's published settings (its code's defaults), for reproduction.
 
         Statistics every 15 steps in a running mean, inverses and two-sided reprojection every 50, λ = 1e-3,
