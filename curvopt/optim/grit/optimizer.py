@@ -16,6 +16,7 @@ from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
 from curvopt.optim.grit import diagnostics, outer, reproject, settings
 from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
+from curvopt.optim.grit.factors import OuterFactor, PairFactors, outer_factors, rank_factors
 
 T = TypeVar("T", bound="GritKFAC")
 
@@ -229,6 +230,28 @@ class GritKFAC(BucketedOptimizer):
         if smaller:
             self._index_pairs()
         return self.ranks()
+
+    @torch.no_grad()
+    def factors(self) -> dict[str, PairFactors]:
+        """Return copies of the rank-side factors, by pair name: ``S_u, S_d = optimizer.factors()[name]``.
+
+        Empty until the first step, and where nothing reads them, so that none are kept: with ``"polar"`` and without
+        reprojection, unless ``statistics`` asks for them.
+
+        Returns:
+            By pair name ``(S_u, S_d)``, each ``(r, r)`` in float32 (float64 for float64 adapters); None for one that no
+            trained side of the pair is preconditioned by. Directions that have been masked are zero.
+        """
+        return rank_factors(self)
+
+    @torch.no_grad()
+    def outer_factors(self) -> dict[str, dict[str, OuterFactor]]:
+        """Return copies of the outer factors, by pair name and side: ``optimizer.outer_factors()[name]["A"].basis``.
+
+        Empty until the first step, and with ``outer_rank=0``. Bases of sharded parameters are gathered: every process
+        must call this then.
+        """
+        return outer_factors(self)
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what the optimizer knows of itself; reads the device. Keys are described in `diagnostics.diagnose`."""
