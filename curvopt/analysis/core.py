@@ -208,4 +208,4 @@ def _compressed(S: Tensor, R: Tensor) -> Tensor:
 
 
 def _mean(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return sum(u for u, _ in found) / len(found), sum(d for _, d in found) / len(found)
+    return torch.stack([u for u, _ in found]).mean(0), torch.stack([d for _, d in found]).mean(0)

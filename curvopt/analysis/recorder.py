@@ -149,10 +149,11 @@ class Recorder:
         for pair in entry.get("pairs", {}).values():
             by_projection.setdefault(pair["projection"], []).append(pair["rank"])
         told |= {f"rank/{word}": sum(ranks) / len(ranks) for word, ranks in by_projection.items()}
+        writer: Any = self._writer
         for name, value in told.items():
             if value is not None:
-                self._writer.add_scalar(name, value, self._step)  # type: ignore[union-attr]
-        self._writer.flush()  # type: ignore[union-attr]
+                writer.add_scalar(name, value, self._step)
+        writer.flush()
 
 
 def reading(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, spectra: bool = True) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def export_adapter(
             that is no plain pair, an initialisation that moved the base weights), or parts that the target does not
             read (saved modules, biases, DoRA magnitudes).
     """
+    peft: Any = model
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not callable(getattr(model, "get_base_model", None)):
         raise TypeError(f"model must be an unwrapped PeftModel, got {type(model).__name__}")
@@ -122,7 +123,7 @@ def export_adapter(
         raise ValueError(f"target must be one of {', '.join(map(repr, get_args(Target)))}, got {target!r}")
     if pad_to is not None and (not isinstance(pad_to, int) or isinstance(pad_to, bool)):
         raise TypeError(f"pad_to must be an int, got {type(pad_to).__name__}")
-    chosen = model.active_adapter if adapter is None else adapter
+    chosen: str = peft.active_adapter if adapter is None else adapter
     if chosen not in configs:
         raise ValueError(f"adapter {chosen!r} is unknown; the model has {sorted(configs)}")
     live = configs[chosen]
@@ -140,7 +141,7 @@ def export_adapter(
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             configs[chosen] = config
-            model.save_pretrained(scratch, selected_adapters=[chosen], state_dict=state)
+            peft.save_pretrained(scratch, selected_adapters=[chosen], state_dict=state)
         finally:
             configs[chosen] = live
         nested = Path(scratch) / chosen  # where PEFT puts every adapter but "default"

@@ -146,7 +146,7 @@ def resized(data: Tensor, dim: int, rank: int, draw: bool = False, generator: to
     """`data` with `rank` entries along `dim`, in the same memory order; what is new is drawn, or zero."""
     shape = list(data.shape)
     shape[dim] = rank
-    order = sorted(range(data.ndim), key=lambda i: (-data.stride(i), i))
+    order = sorted(range(data.ndim), key=lambda i: (-data.stride()[i], i))
     new = data.new_zeros([shape[i] for i in order]).permute([order.index(i) for i in range(data.ndim)])
     kept = min(rank, data.shape[dim])
     new.narrow(dim, 0, kept).copy_(data.narrow(dim, 0, kept))

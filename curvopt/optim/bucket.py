@@ -141,7 +141,7 @@ class Bucket:
         self.params = [s.param for s in self.sides]
         self.state: dict[str, Tensor] = {}
         self.blocks: list[Block] = []
-        self.grads: list[Tensor] = []
+        self.grads: list[Any] = []  # None for all sides of a bucket without gradients
         first = self.sides[0]
         self.group, self.r, self.kind = first.group, first.pair.rank, kind
         self.outer_rank = outer_rank
@@ -444,7 +444,7 @@ def _in_memory_order(p: Tensor, dim: int, n: int | None) -> Tensor:
     """Return a meta tensor shaped like ``p``, with n entries along ``dim`` if given, in the memory order of ``p``."""
     if n is None:
         return torch.empty_like(p, device="meta")
-    order = sorted(range(p.ndim), key=lambda i: (p.shape[i] == 1, -p.stride(i)))
+    order = sorted(range(p.ndim), key=lambda i: (p.shape[i] == 1, -p.stride()[i]))
     made = torch.empty([n if i == dim else p.shape[i] for i in order], device="meta")
     return made.permute([order.index(i) for i in range(p.ndim)])
 

@@ -1,7 +1,7 @@
 """GritKFAC: AdamW for LoRA with K-FAC's factors on both sides, reprojection and a rank that follows the spectrum."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -324,9 +324,9 @@ class GritKFAC(BucketedOptimizer):
         if self._join_config is None:
             return
         if found_inf is None:
-            from torch.distributed.algorithms.join import Join
+            from torch.distributed.algorithms.join import Join, Joinable
 
-            Join.notify_join_context(self)
+            Join.notify_join_context(cast(Joinable, self))  # the protocol is by attributes
             return
         for flag in found_inf.values():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._process_group)
