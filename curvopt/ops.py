@@ -10,7 +10,7 @@ The update of a bucket is a *plan*, made once by `Ops.plan`; small r×r ops are 
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "row_update": nested.row_update,
 }
 
-BACKENDS = ("auto", "torch", "triton")
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS = get_args(Backend)
 
 
 class Plan(Protocol):
@@ -59,13 +60,13 @@ class Ops:
         ValueError: an unknown backend, or ``"triton"`` where triton or a CUDA device is missing.
     """
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: Backend = "auto") -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         if backend == "triton" and not (_kernels().OPS and torch.cuda.is_available()):
             missing = "a CUDA device is" if _kernels().OPS else "the triton kernels are"
             raise ValueError(f"backend='triton' needs triton and a CUDA device: {missing} not available here")
-        self.backend = backend
+        self.backend: Backend = backend
         self.fallbacks: set[str] = set()
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
 
 from curvopt.distributed import Shards, groups_of, local, shards_of
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, pair_by_name
-from curvopt.ops import Ops
+from curvopt.ops import Backend, Ops
 from curvopt.optim import loading
 from curvopt.optim.checking import check, is_number
 from curvopt.optim.locator import ParameterLocator, describe_names, trainable
@@ -99,27 +100,28 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         defaults: dict[str, Any],
         *,
         model: nn.Module | None = None,
         adapter: str | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         require_pairs: bool = True,
     ) -> None:
         self._ops = Ops(backend)
         self._adapter = adapter
         self._whole_model = isinstance(params, nn.Module)
+        groups: Any = params  # torch refuses what is none of the above
         if isinstance(params, nn.Module):
-            model, params = params, trainable(params, adapter)
+            model, groups = params, trainable(params, adapter)
         elif not isinstance(params, Tensor):
-            params = list(params)
+            groups = list(params)
         self._model = model
         self._sides: list[Side] = []
         self._pairs: list[LoraPair] = []
         self._noted: list[Noted] = []
         self._ready = False
-        super().__init__(params, defaults)
+        super().__init__(groups, defaults)
         for group in self.param_groups:
             self._check_group(group)
         try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from curvopt import GritKFAC
+from curvopt.functional.ranks import BUDGET_WEIGHTS, BudgetWeight
 from curvopt.functional.update import RULES
 from curvopt.optim.grit import AdvancedSettings, settings
 from curvopt.optim.grit.curvature import SOURCES
@@ -62,8 +63,7 @@ def test_an_unknown_keyword_is_named_with_the_nearest_known(given, meant):
 def test_the_typed_choices_are_those_of_the_registries():
     assert get_args(settings.Update) == tuple(RULES)
     assert get_args(settings.Statistics) == ("auto", *SOURCES)
-    assert get_args(settings.Sides) == settings.SIDES
-    assert (*get_args(settings.Reprojection), None) == settings.REPROJECTIONS
+    assert get_args(BudgetWeight) == tuple(BUDGET_WEIGHTS)
 
 
 def test_every_setting_is_read_at_every_step():

@@ -5,18 +5,27 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
-from curvopt.functional.ranks import RankPlan
+from curvopt.functional.ranks import Allocation, BudgetWeight, RankPlan
 from curvopt.lora import LoraPair, describe_search
 from curvopt.optim.base import PairedOptimizer
 from curvopt.optim.checking import check
 from curvopt.optim.gora import checks, handover
-from curvopt.optim.gora.calibration import KEYS, Calibration, plan_for, write_start
+from curvopt.optim.gora.calibration import (
+    KEYS,
+    Calibration,
+    Compare,
+    Importance,
+    Start,
+    plan_for,
+    write_start,
+)
 from curvopt.optim.locator import describe_names
 
 log = logging.getLogger(__name__)
@@ -95,18 +104,18 @@ class GoRAInit(PairedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         *,
         rank: int = 8,
         min_rank: int = 4,
         max_rank: int = 32,
         calibration_steps: int = 32,
-        init_lr: float | str = 5e-2,
-        importance: str = "mean_abs",
-        allocation: str = "exact",
-        budget_weight: str = "linear",
-        start: str = "gora",
-        compare: str = "all",
+        init_lr: float | Literal["auto"] = 5e-2,
+        importance: Importance = "mean_abs",
+        allocation: Allocation = "exact",
+        budget_weight: BudgetWeight = "linear",
+        start: Start = "gora",
+        compare: Compare = "all",
         convergence: float | None = None,
         offload: bool = False,
         then: Callable[[Any], torch.optim.Optimizer] | None = None,
@@ -143,7 +152,7 @@ class GoRAInit(PairedOptimizer):
 
     @classmethod
     def paper(
-        cls, params: Any, *, delegate_lr: float = 5e-5, loraplus_ratio: float = 16.0, **overrides: Any
+        cls, params: ParamsT | nn.Module, *, delegate_lr: float = 5e-5, loraplus_ratio: float = 16.0, **overrides: Any
     ) -> "GoRAInit":
         """Return GoRA as published: its ranks, rounding, start and learning rates.
 

@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from typing_extensions import TypedDict
 
 from curvopt.functional.update import RULES
+from curvopt.ops import Backend
 from curvopt.optim.base import Side
 from curvopt.optim.checking import check, is_number, is_whole
 from curvopt.optim.grit.curvature import SOURCES
@@ -17,10 +18,9 @@ Update = Literal["polar", "eigen", "adam", "whiten", "momentum"]
 Statistics = Literal["auto", "activation", "gradient", "weight", "none"]
 Sides = Literal["kfac", "paper"]
 Reprojection = Literal["balanced", "paper", "paper-one-sided"]
-Backend = Literal["auto", "torch", "triton"]
 
-SIDES = ("kfac", "paper")
-REPROJECTIONS = ("balanced", "paper", "paper-one-sided", None)
+SIDES = get_args(Sides)
+REPROJECTIONS = (*get_args(Reprojection), None)
 MIN_RANK = 4
 
 # what the groups that hold a pair's A and B must agree on

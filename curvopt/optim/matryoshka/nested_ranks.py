@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from curvopt.lora import LoraPair
 from curvopt.optim.base import PairedOptimizer, Side
 from curvopt.optim.checking import check, is_whole
 
-NESTINGS = ("matryoshka", "dylora", "lora", "stratified")
+Nesting = Literal["matryoshka", "dylora", "lora", "stratified"]
+NESTINGS = get_args(Nesting)
 # what the groups that hold a pair's A and B must agree on
 SHARED = ("ranks", "scale", "nesting", "full_share", "warmup_steps", "reorder_every")
 

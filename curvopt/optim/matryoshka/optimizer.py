@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from curvopt.distributed import is_sharded
-from curvopt.functional.nested import RowSlab
+from curvopt.functional.nested import RowSlab, Scale
 from curvopt.lora import LoraPair
+from curvopt.ops import Backend
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer, cadence_of
 from curvopt.optim.checking import check
@@ -89,21 +91,21 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         ranks: Sequence[int] | None = None,
-        scale: str = "none",
-        nesting: str = "matryoshka",
+        scale: Scale = "none",
+        nesting: nests.Nesting = "matryoshka",
         full_share: float = 0.75,
         warmup_steps: int = 10,
         reorder_every: int = 10,
         generator: torch.Generator | None = None,
         adapter: str | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         require_pairs: bool = True,
         maximize: bool = False,
         model: nn.Module | None = None,
