@@ -214,6 +214,8 @@ class PairedOptimizer(torch.optim.Optimizer):
     def _check_group(self, g: dict[str, Any]) -> None:
         """Validate the hyper-parameters that every subclass has."""
         check("lr", g["lr"], is_number(g["lr"]) and (isinstance(g["lr"], Tensor) or g["lr"] >= 0), "a number ≥ 0")
+        if isinstance(g["betas"], list):
+            g["betas"] = tuple(g["betas"])  # a list could be changed in place, unseen
         betas = g["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         check("betas", betas, pair and all(is_number(b) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)")
@@ -274,14 +276,19 @@ class PairedOptimizer(torch.optim.Optimizer):
         if len(groups) != len(noted) or not all(map(_same_params, groups, noted)):
             self._reindex()
             return
-        edited = False
-        for g, was in zip(groups, noted, strict=True):
-            if any(g.get(key) is not value for key, value in was.settings.items()):
-                before, was.settings = was.settings, _settings(g)
-                self._check_edit(before, g)
-                edited |= any(before[key] is not g.get(key) for key in before.keys() - {"lr", "betas"})
-        if edited:
+        edited = [
+            (g, was)
+            for g, was in zip(groups, noted, strict=True)
+            if any(g.get(key) is not value for key, value in was.settings.items())
+        ]
+        for g, was in edited:
+            self._check_edit(was.settings, g)
+        if any(
+            was.settings[key] is not g.get(key) for g, was in edited for key in was.settings.keys() - {"lr", "betas"}
+        ):
             self._check_pairs()
+        for g, was in edited:  # only now: what was refused is refused at the next step again
+            was.settings = _settings(g)
 
     def _reindex(self) -> None:
         """Find the pairs anew among parameters that were put into the groups or taken out.
@@ -289,7 +296,14 @@ class PairedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: parameters were replaced in the groups, but not in the model, and pairs are lost by it.
         """
-        before, familiar = self._pairs, {p for noted in self._noted for p in noted.params}
+        pairs, noted = self._pairs, self._noted
+        try:
+            self._find_anew(pairs, {p for was in noted for p in was.params})
+        except (RuntimeError, TypeError, ValueError):  # what was refused is refused at the next step again
+            self._pairs, self._noted = pairs, [Noted({}, was.params, was.settings) for was in noted]
+            raise
+
+    def _find_anew(self, before: list[LoraPair], familiar: set[Tensor]) -> None:
         if self._model is not None:
             familiar.update(self._model.parameters())
         for g in self.param_groups:
@@ -364,7 +378,8 @@ class PairedOptimizer(torch.optim.Optimizer):
         """Load as torch does; refuses state of other shapes before changing anything, and keeps dtypes.
 
         Raises:
-            ValueError: the saved state of a parameter has another shape (for instance another rank).
+            ValueError: the saved state of a parameter has another shape (for instance another rank), or a saved
+                hyper-parameter is out of range.
         """
         if self._locator.moved(iter(())):
             self._follow()
@@ -372,6 +387,8 @@ class PairedOptimizer(torch.optim.Optimizer):
 
         def look(_: Any, found: dict[str, Any]) -> None:
             loading.check_fits(self.param_groups, found)
+            for own, saved in zip(self.param_groups, found["param_groups"], strict=False):
+                self._check_group({**own, **saved})
             final.update(found)
 
         handle = self.register_load_state_dict_pre_hook(look)

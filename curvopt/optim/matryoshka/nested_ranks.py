@@ -122,6 +122,8 @@ def check_group(g: dict[str, Any]) -> None:
     """Raise a ValueError for settings that no pair could have."""
     for name, allowed in (("scale", SCALES), ("nesting", NESTINGS)):
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
+    if isinstance(g["ranks"], list):
+        g["ranks"] = tuple(g["ranks"])  # a list could be changed in place, unseen
     ranks = g["ranks"]
     listed = isinstance(ranks, (list, tuple)) and len(ranks) > 0
     whole = listed and all(is_whole(k) and k >= 1 for k in ranks)
