@@ -14,7 +14,7 @@ from curvopt.distributed import Shards, groups_of, local, shards_of
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, pair_by_name
 from curvopt.ops import Backend, Ops
 from curvopt.optim import loading
-from curvopt.optim.checking import check, is_number
+from curvopt.optim.checking import as_scalar, check, is_number
 from curvopt.optim.locator import ParameterLocator, describe_names, trainable
 
 T = TypeVar("T", bound="PairedOptimizer")
@@ -364,8 +364,8 @@ class PairedOptimizer(torch.optim.Optimizer):
         adamw(
             [local(p) for p in params], grads, column["exp_avg"], column["exp_avg_sq"], [], column["step"],
             fused=None if cpu else True, foreach=False if cpu else None, found_inf=None if cpu else found_inf,
-            amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"],
-            eps=g["eps"], maximize=g["maximize"],
+            amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=as_scalar(g["lr"]),
+            weight_decay=g["weight_decay"], eps=g["eps"], maximize=g["maximize"],
         )  # fmt: skip
 
     # ------------------------------------------------------------------ saving, loading, copying

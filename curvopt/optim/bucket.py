@@ -24,6 +24,7 @@ from curvopt.functional.outer import cosine_rows
 from curvopt.functional.plan import mapped
 from curvopt.functional.update import Hyper, Undecayed, apply_delta
 from curvopt.optim.base import PairedOptimizer, Side, check_dense
+from curvopt.optim.checking import as_scalar
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -256,7 +257,7 @@ class Bucket:
                         "make a new optimizer and load the state"
                     )
         g, h = self.group, self.hyper
-        h.lr, h.eps, h.weight_decay, h.maximize = g["lr"], g["eps"], g["weight_decay"], g["maximize"]
+        h.lr, h.eps, h.weight_decay, h.maximize = as_scalar(g["lr"]), g["eps"], g["weight_decay"], g["maximize"]
         h.beta1, h.beta2 = g["betas"]
         if not self._plain:
             self.grads = [X for block in self.blocks for X in block.pieces(self.grads[block.rows])]
