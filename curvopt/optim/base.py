@@ -1,4 +1,4 @@
-"""PairedOptimizer: params in, pairs found, groups read at every step. The methods live in its subclasses."""
+"""PairedOptimizer: finds the pairs among its parameters and reads the groups at every step; the base class."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -76,11 +76,12 @@ class Noted:
 class PairedOptimizer(torch.optim.Optimizer):
     """An optimizer that knows which of its parameters are the two matrices of one LoRA adapter.
 
-    What stands in ``param_groups`` at a step is what trains, as in torch: tensors that were replaced, appended or
-    removed, new group dicts and edited values are seen at the next step, and pairs are found again.
+    As in torch, ``param_groups`` decide at every step what is trained and how: replaced, added or removed tensors, new
+    group dicts and edited values are noticed at the next step, and pairs are found again. Edited values are validated;
+    an invalid one raises the same error at every step until it is corrected.
 
-    Parameters that belong to no pair get exactly torch's AdamW with the group's ``lr``, ``betas``, ``eps`` and
-    ``weight_decay`` (bit for bit ``torch.optim.AdamW`` on the CPU, its fused kernel elsewhere).
+    Parameters that belong to no pair are updated exactly as by torch's AdamW with the group's ``lr``, ``betas``,
+    ``eps`` and ``weight_decay`` (bit for bit ``torch.optim.AdamW`` on the CPU, its fused kernel elsewhere).
 
     Args:
         params: an ``nn.Module`` (pairs are found in it), named parameters, tensors, or param groups of either.
@@ -137,17 +138,17 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def bound_to(cls: type[T], model: nn.Module, **options: Any) -> type[T]:
-        """Return this class with ``model=`` given, for factories that hand over tensors without names.
+        """Return this class with ``model=`` already given, for factories that pass tensors without names.
 
         ``create_loraplus_optimizer(model, GritKFAC.bound_to(model), lr=..., loraplus_lr_ratio=...)``: the tensors are
-        found in the model by identity. What is called makes instances of this very class.
+        found in the model by identity. Calling it creates instances of this class itself, not of a subclass.
 
         Args:
             model: the module to search.
-            options: further arguments; those of the call come before them.
+            options: further arguments; arguments of the call take precedence.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -173,7 +174,7 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module that was searched for pairs; None without one."""
+        """The module that was searched for pairs; None if there was none."""
         return self._model
 
     @property
@@ -187,11 +188,11 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     @property
     def shared_by(self) -> list[Any]:
-        """The process groups over which any parameter is split."""
+        """The process groups over which parameters are sharded."""
         return list(self._shared_by)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does; pairs that it completes are found, and nothing is added if it is refused."""
+        """Add a group as torch does, and find the pairs that it completes; if it is invalid, nothing is added."""
         super().add_param_group(param_group)
         self._complete_group(self.param_groups[-1])
         try:

@@ -93,7 +93,7 @@ def test_truncated_nests_and_restores_to_the_bit(nesting, dtype):
 
 def test_no_step_while_truncated():
     _, optimizer = trained()
-    with optimizer.truncated(2), pytest.raises(RuntimeError, match=r"no step inside of truncated\(\)"):
+    with optimizer.truncated(2), pytest.raises(RuntimeError, match=r"step\(\) was called inside truncated\(\)"):
         optimizer.step()
 
 
