@@ -1,9 +1,9 @@
-"""The switch: every op by its name, from the torch reference or from the Triton kernels.
+"""The dispatcher: every op by its name, from the torch reference or from the Triton kernels.
 
-``"torch"`` is always the reference. ``"triton"`` insists that kernels exist and takes them for CUDA tensors; what a
-kernel does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) the reference does.
-``"auto"`` takes them too, but checks each op, rank and dtype on a small problem before its first use in a process. What
-fails is logged, named in ``fallbacks``, and done without.
+``"torch"`` always uses the reference. ``"triton"`` requires that kernels exist and uses them for CUDA tensors; inputs
+that a kernel does not support (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) go to the
+reference. ``"auto"`` uses the kernels too, but checks each op, rank and dtype on a small problem before its first use
+in a process. An op that fails the check is logged, listed in ``fallbacks``, and computed by the reference.
 
 The update of a bucket is a *plan*, made once by `Ops.plan`; small r×r ops are chosen at each call.
 """

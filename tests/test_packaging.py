@@ -147,7 +147,11 @@ def distribution(module):
     [
         ("tests", ["test"], {"torch", "axolotl"}),  # tests of the latter replace it by a stub
         ("benchmarks", ["bench", "triton"], {"torch", "distributed-shampoo"}),  # the latter is on no index
-        ("curvopt", ["analysis", "demo"], {"torch", "numpy", "safetensors"}),  # scipy and peft bring these
+        (
+            "curvopt",
+            ["analysis", "demo"],
+            {"torch", "typing-extensions", "numpy", "safetensors"},
+        ),  # scipy and peft bring these
         ("kernels", ["triton"], {"torch"}),
         ("docs", ["docs"], {"docutils"}),  # sphinx brings it
     ],

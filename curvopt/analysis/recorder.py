@@ -45,7 +45,7 @@ class Recorder:
         tensorboard: a folder for torch's ``SummaryWriter``, beside the file; needs the package ``tensorboard``.
 
     Raises:
-        ValueError: ``every`` is no positive integer.
+        ValueError: ``every`` is not a positive integer.
         ModuleNotFoundError: ``tensorboard`` was asked for and is not installed.
     """
 
@@ -104,7 +104,7 @@ class Recorder:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: a line before the last is no record; the message names file and line.
+            ValueError: a line before the last is not a record; the message names file and line.
         """
         lines = Path(path).read_bytes().split(b"\n")
         records: list[dict[str, Any]] = []

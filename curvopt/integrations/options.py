@@ -26,11 +26,11 @@ _WORDS = {float: "a number", int: "an integer", bool: "True or False", str: "a w
 def parse_options(
     options: str | Iterable[str] | Mapping[str, Any], optimizer: Callable[..., Any], *, ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Turn option strings into the types that an optimizer's arguments want.
+    """Convert option strings to the types of an optimizer's arguments.
 
     Args:
         options: ``"name=value,name=value"`` (a value may contain commas), such strings in a list, or a mapping. Values
-            of a mapping that are no strings are taken as they are, lists and other sequences as tuples.
+            of a mapping that are not strings are used as they are, lists and other sequences as tuples.
         optimizer: The class or function whose signature, with its annotations, says what there is.
         ignore: Names to leave out, whatever their value.
 

@@ -215,11 +215,10 @@ class PairedOptimizer(torch.optim.Optimizer):
     def _check_group(self, g: dict[str, Any]) -> None:
         """Validate the hyper-parameters that every subclass has."""
         check("lr", g["lr"], is_number(g["lr"]) and (isinstance(g["lr"], Tensor) or g["lr"] >= 0), "a number ≥ 0")
-        if isinstance(g["betas"], list):
-            g["betas"] = tuple(g["betas"])  # a list could be changed in place, unseen
         betas = g["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         check("betas", betas, pair and all(is_number(b) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)")
+        g["betas"] = tuple(betas)  # a list could be changed in place, unseen
         check("eps", g["eps"], is_number(g["eps"]) and g["eps"] >= 0, "a number ≥ 0")
         decay = g["weight_decay"]
         check("weight_decay", decay, is_number(decay) and decay >= 0, "a number ≥ 0")

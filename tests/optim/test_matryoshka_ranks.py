@@ -192,7 +192,8 @@ def test_bad_arguments_are_named(name, values, allowed):
         with pytest.raises(ValueError) as error:
             MatryoshkaScaledAdam(model, **{name: value})
         message = str(error.value)
-        assert message.startswith(name) and repr(value) in message and allowed in message, message
+        shown = repr(value) in message or (isinstance(value, list) and repr(tuple(value)) in message)
+        assert message.startswith(name) and shown and allowed in message, message
     MatryoshkaScaledAdam(model)  # nothing is left of those
 
 

@@ -167,7 +167,7 @@ class Curvature:
     # ------------------------------------------------------------------ matrices
 
     def refresh(self, bucket: Bucket, found_inf: Tensor) -> None:
-        """Make the rule's matrices anew, M ← f(Ŝ + λI); moments that live in a basis turn with it."""
+        """Recompute the rule's matrices, M ← f(Ŝ + λI); moments kept in a basis are rotated with it."""
         rule = rule_of(bucket)
         assert rule.key is not None
         old = bucket.state[rule.key]

@@ -130,7 +130,7 @@ def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None
     """Raise a ValueError if a group was edited after a step in what its state was made for."""
     for name in ("update", "sides", "statistics", "outer_rank"):
         same = not stepped or before[name] == g[name]
-        check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state is made for it")
+        check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state depends on it")
 
 
 def check_pairs(sides: Sequence[Side]) -> None:

@@ -122,13 +122,12 @@ def check_group(g: dict[str, Any]) -> None:
     """Raise a ValueError for settings that no pair could have."""
     for name, allowed in (("scale", SCALES), ("nesting", NESTINGS)):
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
-    if isinstance(g["ranks"], list):
-        g["ranks"] = tuple(g["ranks"])  # a list could be changed in place, unseen
     ranks = g["ranks"]
     listed = isinstance(ranks, (list, tuple)) and len(ranks) > 0
     whole = listed and all(is_whole(k) and k >= 1 for k in ranks)
     ascending = whole and all(a < b for a, b in itertools.pairwise(ranks))
     check("ranks", ranks, ranks is None or ascending, "None or ascending integers ≥ 1")
+    g["ranks"] = None if ranks is None else tuple(ranks)  # a list could be changed in place, unseen
     share = g["full_share"]
     number = isinstance(share, (int, float)) and not isinstance(share, bool)
     check("full_share", share, number and 0 < share <= 1, "a number in (0, 1]")
