@@ -30,6 +30,7 @@ def test_the_signature_is_short_and_the_rest_are_keywords_with_defaults():
     assert len(named) <= 16
     assert settings.ADVANCED.keys() == AdvancedSettings.__annotations__.keys()
     assert not settings.ADVANCED.keys() & set(named)
+    assert parameters["min_rank"].default == settings.MIN_RANK  # which `check_pairs` takes for not given
 
 
 def test_advanced_settings_are_settings_of_the_groups():

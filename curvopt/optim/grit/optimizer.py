@@ -34,11 +34,13 @@ class GritKFAC(BucketedOptimizer):
     .. code-block:: text
 
         every step, for each pair (A, B) with u = x Aᵀ and d = ∂L/∂u:
-            S ← EMA of ∇Aᵀ∇A (of ∇B ∇Bᵀ for B),  ∇ ← ∇ S̃^(-1/2)           if outer_rank (curvopt.functional.outer)
-            S_u ← EMA of uᵀu/N,  S_d ← EMA of N dᵀd                        every factor_every steps
-            M_A, M_B ← eigenbasis / inverse / root of S_d, S_u             every inverse_every steps
-            A ← A (1 − lr·wd) + Adam's step of ∇A, preconditioned by M_A;  B likewise   (curvopt.functional.update)
-            change basis, decide the rank k, set directions ≥ k to zero    every reproject_every steps
+            S ← EMA of ∇Aᵀ∇A (∇B ∇Bᵀ for B),  ∇ ← ∇ S̃^(-1/2)       outer factors, if outer_rank > 0
+            S_u ← EMA of uᵀu/N,  S_d ← EMA of N dᵀd                 every factor_every steps
+            M_A, M_B ← eigenbasis / inverse / root of S_d, S_u      every inverse_every steps
+            A ← A (1 − lr·wd) + Adam's step, preconditioned by M_A; B likewise
+            change basis, choose the rank k, zero directions ≥ k    every reproject_every steps
+
+    The formulas are in `curvopt.functional.outer` and `curvopt.functional.update`.
 
     Args:
         params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`. Activations can be
@@ -48,13 +50,13 @@ class GritKFAC(BucketedOptimizer):
             good in long ones.
         eps: Adam's ε.
         weight_decay: decoupled decay (AdamW).
+        update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
+            The moments are kept in the rule's coordinates, so it cannot be changed after the first step.
         statistics: where S_u and S_d come from. ``"auto"``: ``"activation"`` if the update rule or a reprojection uses
             them, else ``"none"``. ``"activation"``: K-FAC, by one hook per pair. ``"gradient"``: Shampoo on the rank
             side, no hook. ``"weight"``: the present A Aᵀ and BᵀB, as in Riemannian preconditioned LoRA (arXiv
             2402.02347). ``"none"``: no factors and no hooks; possible with ``"polar"`` only. With DP-SGD, activations
             bypass the noise: use ``"gradient"`` or ``"weight"``.
-        update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
-            The moments are kept in the rule's coordinates, so it cannot be changed after the first step.
         outer_rank: k ≥ 0, number of directions of the outer factors that are kept, at most the width of a matrix; 0
             for none. Each takes one number per column of A and row of B: k = r makes the state 1.5 times AdamW's. It
             cannot be changed after the first step.
@@ -105,7 +107,7 @@ class GritKFAC(BucketedOptimizer):
         damping: float | Tensor = 0.1,
         reproject_every: int | None = None,
         rank_threshold: float | None = None,
-        min_rank: int = settings.MIN_RANK,
+        min_rank: int = 4,
         maximize: bool = False,
         capturable: bool = False,
         model: nn.Module | None = None,
