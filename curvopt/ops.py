@@ -1,16 +1,16 @@
-"""The switch: every op by its name, from the torch reference or from the Triton kernels.
+"""The dispatcher: every op by its name, from the torch reference or from the Triton kernels.
 
-``"torch"`` is always the reference. ``"triton"`` insists that kernels exist and takes them for CUDA tensors; what a
-kernel does not take (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) the reference does.
-``"auto"`` takes them too, but checks each op, rank and dtype on a small problem before its first use in a process. What
-fails is logged, named in ``fallbacks``, and done without.
+``"torch"`` always uses the reference. ``"triton"`` requires that kernels exist and uses them for CUDA tensors; inputs
+that a kernel does not support (wrapper subclasses such as DTensor, float64, ranks above 128, mixed devices) go to the
+reference. ``"auto"`` uses the kernels too, but checks each op, rank and dtype on a small problem before its first use
+in a process. An op that fails the check is logged, listed in ``fallbacks``, and computed by the reference.
 
 The update of a bucket is a *plan*, made once by `Ops.plan`; small r×r ops are chosen at each call.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "row_update": nested.row_update,
 }
 
-BACKENDS = ("auto", "torch", "triton")
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS = get_args(Backend)
 
 
 class Plan(Protocol):
@@ -60,13 +61,13 @@ class Ops:
         ValueError: an unknown backend, or ``"triton"`` where triton or a CUDA device is missing.
     """
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: Backend = "auto") -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         if backend == "triton" and not (_kernels().OPS and torch.cuda.is_available()):
             missing = "a CUDA device is" if _kernels().OPS else "the triton kernels are"
             raise ValueError(f"backend='triton' needs triton and a CUDA device: {missing} not available here")
-        self.backend = backend
+        self.backend: Backend = backend
         self.fallbacks: set[str] = set()
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:

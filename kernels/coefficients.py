@@ -49,7 +49,7 @@ class Coefficients:
 def stages(smallest: float, tolerance: float) -> tuple[tuple[float, float, float], ...]:
     """Return (a, b, c) of the quintics whose composition takes √x to one on [smallest, 1], to ``tolerance``."""
     low, high = math.sqrt(min(smallest, 1.0)), 1.0
-    found = []
+    found: list[tuple[float, float, float]] = []
     while not found or max(1 - low, high - 1) > tolerance:
         a, b, c, error = _quintic(low, high)
         found.append((a, b, c))

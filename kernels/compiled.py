@@ -89,7 +89,7 @@ def _inverse(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
 
 def _root(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     memory = rp > root.REGISTER_RANK
-    own = {"HAS_K": True, "ON_DEVICE": False, "STAGES": 5, "RP": rp, "BD": c.block if memory else rp}
+    own: dict[str, Any] = {"HAS_K": True, "ON_DEVICE": False, "STAGES": 5, "RP": rp, "BD": c.block if memory else rp}
     own |= {"PREC": c.precision, "IN_MEMORY": memory}
     types = {"S": F32, "k": I64, "previous": F32, "coefficients": F32, "damping": NUMBER, "work": F32, "out": F32}
     for r in (rp, 4) if rp == 16 else (rp,):
@@ -150,7 +150,7 @@ def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
 def _outer(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     # r and k: the larger of both is the padded rank
     for r, k, g, v in ((rp, 16, "fp32", "fp32"), (3 * rp // 4, rp, "bf16", "bf16"), (rp, rp, "fp32", "fp32")):
-        own = {"R": r, "K": k, "RP": launch.padded(r, 16), "KP": launch.padded(k, 16), "BD": c.block}
+        own: dict[str, Any] = {"R": r, "K": k, "RP": launch.padded(r, 16), "KP": launch.padded(k, 16), "BD": c.block}
         own |= {"GT": TYPE_NAMES[g], "VT": TYPE_NAMES[v], "PREC": c.precision, "ALIGN": True}
         label = f"r={r} k={k} g={g} V={v}"
         given = {"parts": I32, "gradients": I64, "bases": I64, "meta": I32, "out": F32}

@@ -74,7 +74,8 @@ class UpdatePlan:
         self._tiles = tables.upload(tiles, torch.int32, device)
         self._meta = tables.upload(meta, torch.int32, device)
         self._rates = [_rates(s) for s in slabs] if rule == "row" else None
-        fixed = [a for n, s in enumerate(slabs) for row in _fixed(s, self._rates and (self._rates[n],)) for a in row]
+        rates = None if self._rates is None else [(own,) for own in self._rates]
+        fixed = [a for n, s in enumerate(slabs) for row in _fixed(s, None if rates is None else rates[n]) for a in row]
         self._fixed = tables.upload(fixed, torch.int64, device)
         self._has_m = any(fixed[3 :: FIXED.value])
         self._has_k = any(fixed[4 :: FIXED.value])

@@ -76,10 +76,10 @@ def outcome(name: str, op: Op, r: int, dtype: torch.dtype, device: torch.device)
         live = Q[:, :, : int(k[0])]
         return live.mT @ S.double() @ live  # eigenvectors are free in sign; what they do to S is not
     if name == "outer_map":
-        k = r - r // 2
-        G, V = rows.mT[:, : r // 2], torch.linalg.qr(rows)[0].mT[:, :k]
+        half = r // 2
+        G, V = rows.mT[:, :half], torch.linalg.qr(rows)[0].mT[:, half:]
         products = torch.cat((G @ G.mT, G @ V.mT), 2).contiguous().to(device)
-        mu, none = torch.ones(L, k, device=device), torch.zeros((), device=device)
+        mu, none = torch.ones(L, r - half, device=device), torch.zeros((), device=device)
         given = (products, mu, mu.sum(1) + 1, torch.full((L,), 4.0 * r, device=device), 0.9, 0.1, none)
         return torch.cat([x.flatten() for x in op(*given)])
     if name == "ema_":

@@ -75,7 +75,7 @@ def test_metadata(metadata):
     assert (metadata["Name"], metadata["Version"]) == ("curvopt-lora", version())
     assert metadata["Requires-Python"] == ">=3.10" and metadata["License-Expression"] == "Apache-2.0"
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert required == ["torch>=2.6"]
+    assert required == ["torch>=2.6", "typing-extensions>=4.10"]  # torch, and what torch itself requires
     assert set(metadata.get_all("Provides-Extra")) == set(EXTRAS)
     assert f"## {version()}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
@@ -147,7 +147,11 @@ def distribution(module):
     [
         ("tests", ["test"], {"torch", "axolotl"}),  # tests of the latter replace it by a stub
         ("benchmarks", ["bench", "triton"], {"torch", "distributed-shampoo"}),  # the latter is on no index
-        ("curvopt", ["analysis", "demo"], {"torch", "numpy", "safetensors"}),  # scipy and peft bring these
+        (
+            "curvopt",
+            ["analysis", "demo"],
+            {"torch", "typing-extensions", "numpy", "safetensors"},
+        ),  # scipy and peft bring these
         ("kernels", ["triton"], {"torch"}),
         ("docs", ["docs"], {"docutils"}),  # sphinx brings it
     ],

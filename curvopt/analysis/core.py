@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from curvopt.functional.basis import balanced
 from curvopt.lora import Capture, LoraPair, find_lora_pairs
-from curvopt.optim import PairedOptimizer
+from curvopt.optim import GritKFAC, PairedOptimizer
 from curvopt.optim.grit.curvature import source_of
 from curvopt.optim.grit.diagnostics import live_rank
 
@@ -135,14 +135,11 @@ def known_factors(where: Any) -> dict[str, tuple[Tensor, Tensor]]:
     Pairs with a factor missing are left out, and so are those under ``statistics="weight"``: A Aᵀ and BᵀB depend on
     no data.
     """
-    if not isinstance(where, PairedOptimizer):
+    if not isinstance(where, GritKFAC):
         return {}
-    by_pair: dict[str, dict[str, Tensor]] = {}
-    for side in where.sides:
-        factor = where.state.get(side.param, {}).get("factor")
-        if factor is not None and "statistics" in side.group and source_of(side).data:
-            by_pair.setdefault(side.pair.name, {})[side.moment()] = factor
-    return {name: (S["u"], S["d"]) for name, S in by_pair.items() if len(S) == 2}
+    of_data = {side.pair.name for side in where.sides if source_of(side).data}
+    known = {name: S for name, S in where.factors().items() if name in of_data}
+    return {name: (S.S_u, S.S_d) for name, S in known.items() if S.S_u is not None and S.S_d is not None}
 
 
 def observe(
@@ -211,4 +208,4 @@ def _compressed(S: Tensor, R: Tensor) -> Tensor:
 
 
 def _mean(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return sum(u for u, _ in found) / len(found), sum(d for _, d in found) / len(found)
+    return torch.stack([u for u, _ in found]).mean(0), torch.stack([d for _, d in found]).mean(0)

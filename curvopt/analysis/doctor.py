@@ -32,7 +32,7 @@ def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm:
             still there are looked at.
 
     Raises:
-        TypeError: ``model`` is no module or ``optimizer`` no optimizer.
+        TypeError: ``model`` is not a module or ``optimizer`` not an optimizer.
         ValueError: ``max_grad_norm`` is negative.
     """
     if not isinstance(model, nn.Module):
@@ -128,15 +128,15 @@ def _pairing(model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[Lor
     elif not isinstance(optimizer, PairedOptimizer):
         yield Finding(
             "note", "no curvature",
-            f"{type(optimizer).__name__} knows nothing of the {len(pairs)} pairs of this model",
-            "curvopt.GritKFAC(model, lr=...) takes its place in any loop",
+            f"{type(optimizer).__name__} does not use the curvature of the {len(pairs)} pairs of this model",
+            "curvopt.GritKFAC(model, lr=...) can replace it in any loop",
         )  # fmt: skip
     if skipped := find_skipped(model):
         reasons = "; ".join(dict.fromkeys(reason for _, reason in skipped))
         yield Finding(
             "warning", "unpaired layers",
-            f"{len(skipped)} layers look like adapters but are no plain pairs: {reasons}",
-            "their parameters get plain AdamW; use a plain LoRA on them if curvature should act",
+            f"{len(skipped)} layers look like adapters but are not plain pairs: {reasons}",
+            "their parameters get plain AdamW; use plain LoRA on them if curvature should be used",
             tuple(path for path, _ in skipped),
         )  # fmt: skip
 
@@ -152,7 +152,7 @@ def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
     if followed:
         yield Finding(
             "note", "replaced parameters", f"{len(followed)} parameters were replaced since the last step",
-            "nothing: the next step takes over the new ones, with the old state where the shape is the same",
+            "nothing to do: the next step uses the new ones, with the old state where the shape is the same",
             tuple(name for name, p in model.named_parameters() if p in followed),
         )  # fmt: skip
     if stale:
@@ -166,7 +166,7 @@ def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
         yield Finding(
             "warning", "forgotten parameters",
             f"{len(missing)} trainable parameters are in no group of the optimizer",
-            "add_param_group them, or requires_grad_(False)", tuple(missing),
+            "add them with add_param_group, or call requires_grad_(False)", tuple(missing),
         )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _observation(optimizer: torch.optim.Optimizer, known: dict[str, Any]) -> Ite
     if known["silent"]:
         yield Finding(
             "warning", "silent hooks",
-            f"{len(known['silent'])} pairs had gradients but their hook never fired: no curvature acts on them. "
+            f"{len(known['silent'])} pairs had gradients but their hook never fired: their curvature is not used. "
             'statistics="activation" needs a forward that calls the modules of the adapter, as a fused one does not',
             'use statistics="gradient", or switch the fused forward off', tuple(known["silent"]),
         )  # fmt: skip
@@ -194,8 +194,8 @@ def _observation(optimizer: torch.optim.Optimizer, known: dict[str, Any]) -> Ite
     if wanted and watched and not getattr(optimizer, "watching", True):
         yield Finding(
             "warning", "hooks removed",
-            f"the hooks of {len(watched)} pairs were taken off: their factors stay as they are",
-            "build a new optimizer to go on observing, or ignore this after training",
+            f"the hooks of {len(watched)} pairs were removed: their factors are no longer updated",
+            "create a new optimizer to continue observing, or ignore this after training",
         )  # fmt: skip
     by_note: dict[str, list[str]] = {}
     for name, p in known["pairs"].items():
@@ -204,15 +204,15 @@ def _observation(optimizer: torch.optim.Optimizer, known: dict[str, Any]) -> Ite
     for note, names in by_note.items():
         yield Finding(
             "note", "gradient statistics", f"{len(names)} pairs are observed by their gradients: {note}",
-            "pass the model itself if it was not; otherwise this is as good as it gets", tuple(names),
+            "pass the model itself to the optimizer if you did not; otherwise nothing can be done", tuple(names),
         )  # fmt: skip
 
 
 def _calibrating(optimizer: Any) -> Iterator[Finding]:
     """Say where a GoRAInit is that has not handed over."""
     if optimizer.ready:
-        what = "the calibration is over, and there is no optimizer to go on with"
-        yield Finding("error", "calibrated", what, "build an optimizer for the model now, or give then= at the start")
+        what = "the calibration is over, and there is no optimizer to continue with"
+        yield Finding("error", "calibrated", what, "create an optimizer for the model now, or pass then= to GoRAInit")
     else:
         what = "ranks and starts are still being calibrated; nothing is trained yet"
         yield Finding("note", "calibrating", what, "look again after calibration_steps")

@@ -81,7 +81,7 @@ def drift(where: Any, factors: Factors | None = None, *, leading: float = 0.25) 
         leading: k as a share of the rank in use, in (0, 1]; at least one direction.
 
     Raises:
-        TypeError: ``where`` has no pairs to offer.
+        TypeError: ``where`` has no pairs.
         ValueError: ``leading`` out of range.
     """
     check("leading", leading, is_number(leading) and 0 < leading <= 1, "a number in (0, 1]")

@@ -44,7 +44,7 @@ def draw_predicted(
         axes.scatter(rise, values, s=26, alpha=0.7, color=colour, marker=marker, lw=1, label=label)
     ends = [float(rise.min()), float(rise.max())]
     axes.plot(ends, ends, color="#333333", lw=1)
-    verdict = "" if fit.modulated is None else f" (Ξ {'earns' if fit.earns else 'does not earn'} its parameters)"
+    verdict = "" if fit.modulated is None else f" (Ξ {'justifies' if fit.earns else 'does not justify'} its parameters)"
     axes.set(xlabel="observed rise", ylabel="predicted rise")
     axes.set_title(f"Fit{verdict}", fontsize=10)
     axes.grid(alpha=0.25)

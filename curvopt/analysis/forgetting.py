@@ -1,4 +1,4 @@
-r"""The forgetting law, plain and modulated by curvature, and whether the modulation earns its parameters.
+r"""The forgetting law, plain and modulated by curvature, and whether the modulation justifies its parameters.
 
     plain       L = L⁰ + A D^β / N^α + E                     (arXiv 2502.06042)
     modulated   L = L⁰ + A D^β / (N Ξ)^α + E,  Ξ = (1 + γ_r r_eff)(1 + γ_a ρ_align)(1 + γ_p π_proj)   (GRIT)
@@ -119,7 +119,7 @@ class ForgettingFit:
 
     @property
     def earns(self) -> bool:
-        """Whether Ξ earns its three parameters, with AICc and BIC lower and `p_value` at most 5 %.
+        """Whether Ξ justifies its three parameters, with AICc and BIC lower and `p_value` at most 5 %.
 
         The criteria assume noise of equal size everywhere, and are too generous where it grows with the rise; the test
         does not.
@@ -131,7 +131,7 @@ class ForgettingFit:
 
     @property
     def best(self) -> Law:
-        """The modulated law if Ξ earns its parameters, else the plain one."""
+        """The modulated law if Ξ justifies its parameters, else the plain one."""
         return self.modulated if self.modulated is not None and self.earns else self.plain
 
     @property
@@ -162,7 +162,7 @@ class ForgettingFit:
         if self.modulated is None:
             return str(self.plain)
         gain = self.plain.bic - self.modulated.bic
-        verdict = "earns" if self.earns else "does not earn"
+        verdict = "justifies" if self.earns else "does not justify"
         told = f"Ξ {verdict} its three parameters: BIC {'falls' if gain > 0 else 'rises'} by {abs(gain):.2f}, AICc "
         change = self.plain.aicc - self.modulated.aicc
         told += f"{'falls' if change > 0 else 'rises'} by {abs(change):.2f} with it, p = {self.p_value:.3g}"

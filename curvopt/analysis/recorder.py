@@ -45,7 +45,7 @@ class Recorder:
         tensorboard: a folder for torch's ``SummaryWriter``, beside the file; needs the package ``tensorboard``.
 
     Raises:
-        ValueError: ``every`` is no positive integer.
+        ValueError: ``every`` is not a positive integer.
         ModuleNotFoundError: ``tensorboard`` was asked for and is not installed.
     """
 
@@ -104,7 +104,7 @@ class Recorder:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: a line before the last is no record; the message names file and line.
+            ValueError: a line before the last is not a record; the message names file and line.
         """
         lines = Path(path).read_bytes().split(b"\n")
         records: list[dict[str, Any]] = []
@@ -149,10 +149,11 @@ class Recorder:
         for pair in entry.get("pairs", {}).values():
             by_projection.setdefault(pair["projection"], []).append(pair["rank"])
         told |= {f"rank/{word}": sum(ranks) / len(ranks) for word, ranks in by_projection.items()}
+        writer: Any = self._writer
         for name, value in told.items():
             if value is not None:
-                self._writer.add_scalar(name, value, self._step)  # type: ignore[union-attr]
-        self._writer.flush()  # type: ignore[union-attr]
+                writer.add_scalar(name, value, self._step)
+        writer.flush()
 
 
 def reading(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, spectra: bool = True) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from curvopt.analysis.drift import gathered, pair_drift
 from curvopt.analysis.findings import Finding, Report, report
 from curvopt.analysis.spectra import spectrum
 from curvopt.lora import LoraPair, pair_by_name
-from curvopt.optim.grit import diagnostics as numbers
+from curvopt.optim.grit.diagnostics import describe_factor
 
 CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin"), "optimizer.pt"
 PREFIX = "base_model.model."
@@ -225,7 +225,7 @@ def _paired(sides: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]], r:
     out["rows"] = max(float(s.get("rows", 0.0)) for _, s in sides.values())
     for side, (g, s) in sides.items():
         rule, damping = g.get("update", "eigen"), g.get("damping", 0.1)
-        out[side] = numbers._factor(s["factor"][None].cpu(), damping, torch.tensor([k]), rule)
+        out[side] = describe_factor(s["factor"][None].cpu(), damping, torch.tensor([k]), rule)
     if len(sides) == 2:
         S_A, S_B = (sides[side][1]["factor"] for side in "AB")
         S_u, S_d = (S_B, S_A) if sides["A"][0].get("sides", "kfac") == "kfac" else (S_A, S_B)

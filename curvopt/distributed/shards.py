@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(t: Tensor) -> bool:
+
+def is_sharded(t: Any) -> "TypeGuard[DTensor]":
     """Whether ``t`` is a DTensor, replicated or split. Plain tensors are told by their type, without an import."""
     if type(t) in (Tensor, nn.Parameter):
         return False
@@ -112,8 +115,10 @@ class Shards:
         from torch.distributed.tensor import DTensor
 
         stride = torch.empty(self.shape, device="meta").stride()
-        placed = {"shape": torch.Size(self.shape), "stride": stride, "run_check": False}
-        whole: Tensor = DTensor.from_local(piece.view(self.work_shape), self.mesh, self._working(), **placed)
+        whole: Tensor = DTensor.from_local(
+            piece.view(self.work_shape), self.mesh, self._working(),
+            shape=torch.Size(self.shape), stride=stride, run_check=False,
+        )  # fmt: skip
         return whole
 
     def columns(self, X: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ class Shards:
     def _working(self) -> list[Any]:
         from torch.distributed.tensor import Shard
 
-        return [Shard(self.work) if at.is_shard() else at for at in self.placements]
+        return [Shard(self.work) if self.work is not None and at.is_shard() else at for at in self.placements]
 
     def _aligned(self, t: Tensor) -> Tensor:
         if is_sharded(t) and t.placements != self.placements:
@@ -167,7 +172,7 @@ def shards_of(p: Tensor, rank_dim: int, name: str) -> Shards | None:
         return None
     from torch.distributed.tensor import Replicate, Shard
 
-    placements = tuple(p.placements)
+    placements: tuple[Any, ...] = tuple(p.placements)
     split = [i for i, at in enumerate(placements) if not isinstance(at, Replicate)]
     if len(split) > 1 or any(type(placements[i]) is not Shard for i in split):
         raise ValueError(

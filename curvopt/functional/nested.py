@@ -13,13 +13,15 @@ row by row, ε included. Rows of equal Q are neighbours (`bands`), so the step i
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from curvopt.functional.update import Hyper, advancing, fused_adamw
 
-SCALES = ("none", "rank", "sqrt")
+Scale = Literal["none", "rank", "sqrt"]
+SCALES = get_args(Scale)
 
 
 def rank_scale(rank: int, scale: str) -> float:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -79,7 +79,9 @@ def heavy_tail(energy: Tensor, threshold: float, k: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- sharing out a budget
 
 BUDGET_WEIGHTS: dict[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt, "log1p": math.log1p}
-ALLOCATIONS = ("exact", "paper", "uniform", "spectrum")
+BudgetWeight = Literal["linear", "sqrt", "log1p"]  # the keys of BUDGET_WEIGHTS
+Allocation = Literal["exact", "paper", "uniform", "spectrum"]
+ALLOCATIONS = get_args(Allocation)
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,7 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
     exp_avg, exp_avg_sq = s.exp_avg.to(wide), s.exp_avg_sq.to(wide)
     given: Any = s.grads
     listed = isinstance(given, list)
+    grads: Any  # a stack, or the matrices where they are
     if M is None and s.outer is None and listed and given[0].dtype == wide:
         # torch's kernel walks through memory: all of it must be in one order
         grads, spare = [g.contiguous() for g in given], s.spare

@@ -15,7 +15,7 @@ from curvopt.integrations.options import parse_options
 
 log = logging.getLogger(__name__)
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"grit": GritKFAC, "matryoshka": MatryoshkaScaledAdam}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"grit": GritKFAC, "matryoshka": MatryoshkaScaledAdam}
 """The names by which plugins know the optimizers."""
 
 

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
+from typing_extensions import Unpack
+
 _TRUE, _FALSE, _NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null", "")
 _WORDS = {float: "a number", int: "an integer", bool: "True or False", str: "a word", type(None): "None"}
 
@@ -24,11 +26,11 @@ _WORDS = {float: "a number", int: "an integer", bool: "True or False", str: "a w
 def parse_options(
     options: str | Iterable[str] | Mapping[str, Any], optimizer: Callable[..., Any], *, ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Turn option strings into the types that an optimizer's arguments want.
+    """Convert option strings to the types of an optimizer's arguments.
 
     Args:
         options: ``"name=value,name=value"`` (a value may contain commas), such strings in a list, or a mapping. Values
-            of a mapping that are no strings are taken as they are, lists and other sequences as tuples.
+            of a mapping that are not strings are used as they are, lists and other sequences as tuples.
         optimizer: The class or function whose signature, with its annotations, says what there is.
         ignore: Names to leave out, whatever their value.
 
@@ -99,13 +101,11 @@ def _entries(options: str | Iterable[str] | Mapping[str, Any]) -> Iterable[tuple
 
 def _kinds(optimizer: Callable[..., Any]) -> dict[str, Any]:
     """{argument: annotation} of everything that can be given by keyword, but the parameters and the model."""
-    function = optimizer.__init__ if isinstance(optimizer, type) else optimizer  # type: ignore[misc]
-    try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError):
-        hints = {}
-    kinds = {}
+    hints = _hints(optimizer)
+    kinds: dict[str, Any] = {}
     for name, parameter in inspect.signature(optimizer).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and (further := _keywords(hints.get(name))) is not None:
+            kinds |= further
         if name in ("params", "model") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         guess = Any if parameter.default in (parameter.empty, None) else type(parameter.default)
@@ -113,8 +113,26 @@ def _kinds(optimizer: Callable[..., Any]) -> dict[str, Any]:
     return kinds
 
 
+def _hints(optimizer: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a class's constructor or of a function, where they can be evaluated."""
+    function = optimizer.__init__ if isinstance(optimizer, type) else optimizer  # type: ignore[misc]
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):
+        return {}
+
+
+def _keywords(annotation: Any) -> dict[str, Any] | None:
+    """{keyword: annotation} of ``**kwargs: Unpack[SomeTypedDict]``; None where the keywords are not listed."""
+    if get_origin(annotation) not in (Unpack, getattr(typing, "Unpack", Unpack)):  # two objects on some versions
+        return None
+    return typing.get_type_hints(get_args(annotation)[0])
+
+
 def _takes_anything(optimizer: Callable[..., Any]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(optimizer).parameters.values())
+    """Whether there is a ``**kwargs`` whose keywords nothing lists."""
+    open_ended = [p for p in inspect.signature(optimizer).parameters.values() if p.kind is p.VAR_KEYWORD]
+    return any(_keywords(_hints(optimizer).get(p.name)) is None for p in open_ended)
 
 
 def _members(kind: Any) -> list[Any]:

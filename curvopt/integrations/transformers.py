@@ -1,4 +1,4 @@
-"""transformers' Trainer: a callback that logs what the optimizer knows of itself, and a factory that builds it.
+"""transformers' Trainer: a callback that logs the optimizer's diagnostics, and a factory that creates it.
 
 .. code-block:: python
 
@@ -23,7 +23,7 @@ from curvopt.integrations.factory import build_optimizer
 
 
 class OptimizerFactory:
-    """Builds an optimizer from the model, as Trainer's ``optimizer_cls_and_kwargs`` wants it.
+    """Builds an optimizer from the model, in the form of Trainer's ``optimizer_cls_and_kwargs``.
 
     Trainer applies neither its learning rate nor its other optimizer arguments to a custom optimizer, and removes a
     "model" entry from the kwargs it was given; a factory needs none, so the same kwargs serve again (``model_init``,

@@ -1,4 +1,4 @@
-"""The model side: the only rooms that know what an adapter looks like."""
+"""The model side: finding, observing, resizing and exporting the LoRA pairs of a model."""
 
 from curvopt.lora.capture import Capture, Sums
 from curvopt.lora.choose import RankChoice, RankLoss, smallest_rank

@@ -1,17 +1,17 @@
-"""The one hook: it sees u and the gradient d at u, and keeps their r×r sums.
+"""The forward hook that observes u and the gradient d at u, and keeps their r×r sums.
 
 u is the output of the module that applies A, and d is the gradient of the loss at that output. A forward hook on the
-module puts a tensor hook on u. What has no backward (evaluation, generation, the first pass of a checkpointed block)
-leaves nothing, and a recomputed forward is not counted twice.
+module puts a tensor hook on u. Passes without a backward (evaluation, generation, the first pass of a checkpointed
+block) leave nothing behind, and a recomputed forward is not counted twice.
 
-**A signal belongs to a gradient.** d is kept when the backward brings it, and counted when the gradient that it is
-part of arrives in ``A.grad`` (in ``B.grad`` where A is frozen). `torch.autograd.grad` fills no ``.grad`` and counts
-nothing. Where several backward passes go through one graph (``retain_graph``), d is their sum, and u is counted once. A
-gradient that was dropped, by whatever means, takes along what was counted for it: the next one to arrive is then not
-the successor of the last, which its version counter tells.
+**A signal belongs to a gradient.** d is stored when the backward pass delivers it, and counted when the gradient to
+which it contributes arrives in ``A.grad`` (in ``B.grad`` if A is frozen). `torch.autograd.grad` writes no ``.grad`` and
+counts nothing. If several backward passes use one graph (``retain_graph``), d is their sum, and u is counted once. If a
+gradient is discarded, by whatever means, what was counted for it is discarded too: the version counter of the next
+gradient shows that it is not a continuation of the last.
 
-On the CPU each sum is one product at once. On a device products this small are all launch: u and d wait until many can
-be summed by one op.
+On the CPU each sum is one product, computed at once. On a device the time of such small products is dominated by their
+launches: u and d are queued until many can be summed by one op.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Capture:
     # ------------------------------------------------------------------------------------------ hooks
 
     def attach(self) -> None:
-        """Put the hooks on; modules and parameters that were replaced since the last call are hooked anew."""
+        """Register the hooks; modules and parameters replaced since the last call are hooked again."""
         self._many = world_size() > 1
         for pair, record in self._records.items():
             module = pair.signal
@@ -216,7 +216,7 @@ class Capture:
         return bool(self._handles)
 
     def remove(self) -> None:
-        """Take the hooks off. What has been summed stays until `pop` or `discard`."""
+        """Remove the hooks. The sums are kept until `pop` or `discard`."""
         for pair in list(self._hooked):
             self._unhook(pair)
 
@@ -252,7 +252,7 @@ class Capture:
     # ------------------------------------------------------------------------------------------ reading
 
     def pop(self) -> dict[LoraPair, Sums]:
-        """Give and clear the sums since the last call; pairs that no backward reached are not in it."""
+        """Return and clear the sums since the last call; pairs that no backward pass reached are left out."""
         self.flush()
         found: dict[LoraPair, Sums] = {}
         for pair in self.pairs:

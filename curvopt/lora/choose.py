@@ -1,4 +1,4 @@
-"""How small an adapter may be: its loss and its bytes at every rank, and the smallest rank that is good enough."""
+"""How small an adapter may be: its loss and size at every rank, and the smallest rank that is good enough."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def smallest_rank(
 ) -> RankChoice:
     """Measure a trained adapter at several ranks and pick the smallest that is within a tolerance of its full loss.
 
-    Runs in evaluation mode and without gradients; weights, modes and hooks are afterwards what they were. What is
-    measured at a rank is what `export_adapter(model, path, ranks=rank, basis=basis)` writes.
+    Runs in evaluation mode and without gradients; weights, modes and hooks are restored afterwards. The adapter that is
+    measured at a rank is the one that `export_adapter(model, path, ranks=rank, basis=basis)` writes.
 
     Args:
-        model: The model with the adapter, of any optimizer.
-        batches: Held-out batches, kept in memory while all ranks are measured; each counts alike.
-        tolerance: How much higher the loss may be, relative to the size of the full adapter's, ≥ 0.
+        model: The model with the adapter, trained by any optimizer.
+        batches: Held-out batches, kept in memory while all ranks are measured; all have the same weight.
+        tolerance: How much higher the loss may be than the full adapter's, relative to its absolute value, ≥ 0.
         loss: `loss(model, batch)`, a number or a 0-d tensor; None: `model(**batch).loss`.
         ranks: Ranks to measure, ascending, ≥ 1; None: powers of two. The largest rank of a pair is always measured.
         basis: As in `export_adapter`.
@@ -77,7 +77,7 @@ def smallest_rank(
         The rank and the table of rank, loss and bytes.
 
     Raises:
-        TypeError: If a batch is no mapping and there is no `loss`; otherwise as `export_adapter`.
+        TypeError: If a batch is not a mapping and no `loss` is given; otherwise as `export_adapter`.
         ValueError: If there is no pair or no batch, the tolerance is negative, ranks do not ascend from at least 1 or
             exceed the largest, or the full adapter's loss is not finite; otherwise as `export_adapter`.
     """

@@ -1,9 +1,9 @@
-"""Smaller ranks of an adapter that anything trained: which basis its directions are counted in, and how many are kept.
+"""Smaller ranks of an adapter trained by any optimizer: in which basis directions are ordered, and how many are kept.
 
-Keeping the leading ρ directions of B A depends on the basis in rank space. As the tensors are stored the order means
-something only after training for it (`MatryoshkaScaledAdam`, GritKFAC's balanced reprojection). Two bases give any
-adapter an order, and leave ΔW as it is: the singular vectors of B A, in which the leading directions are the best
-adapter of their rank in the Frobenius norm; and the balanced basis, in which they are the best under the K-FAC
+Keeping the leading ρ directions of B A depends on the basis in rank space. In the stored basis the order is meaningful
+only after training for it (`MatryoshkaScaledAdam`, GritKFAC's balanced reprojection). Two other bases order the
+directions of any adapter and leave ΔW unchanged: the singular vectors of B A, in which the leading directions are the
+best adapter of their rank in the Frobenius norm; and the balanced basis, in which they are the best under the K-FAC
 quadratic, given the factors S_u and S_d.
 """
 
@@ -90,7 +90,7 @@ def ordered(pairs: Sequence[LoraPair], basis: Any, factors: Any, adapter: str | 
     """Return `order_pair` of each pair.
 
     Raises:
-        TypeError: If `factors` is no mapping.
+        TypeError: If `factors` is not a mapping.
         ValueError: If the basis is unknown, factors are given for another, or one is missing or of another rank.
     """
     if basis not in get_args(Basis):
@@ -117,7 +117,7 @@ def kept_ranks(pairs: Sequence[LoraPair], ranks: Ranks, adapter: str | None) -> 
     """Return the rank of each pair that is kept: its own, one number for all that have more, or by name.
 
     Raises:
-        TypeError: If a rank is no integer.
+        TypeError: If a rank is not an integer.
         ValueError: If a name is unknown, a rank below 1 or above the pair's own, or a pair cannot be cut.
     """
     if ranks is not None and (not isinstance(ranks, (int, Mapping)) or isinstance(ranks, bool)):
@@ -138,7 +138,7 @@ def ranks_by_energy(made: Mapping[LoraPair, OrderedPair], energy: Any) -> dict[L
     """Return the smallest rank of each pair that keeps a share of its energy; all of it for a pair without any.
 
     Raises:
-        TypeError: If `energy` is no number.
+        TypeError: If `energy` is not a number.
         ValueError: If it is not in (0, 1], or the basis is the stored one.
     """
     if not isinstance(energy, (int, float)) or isinstance(energy, bool):
@@ -163,15 +163,15 @@ def truncated(
     factors: Factors | None = None,
     adapter: str | None = None,
 ) -> Iterator[dict[str, int]]:
-    """Let a model compute with its adapter cut to smaller ranks inside the context; afterwards it is what it was.
+    """Return a context in which the model's adapter is cut to smaller ranks; afterwards it is restored bit for bit.
 
-    Works for the adapter of any optimizer and library; bits are restored. Shapes stay, directions left out are zero.
+    Works for adapters of any library, trained by any optimizer. Shapes are kept: directions left out are zero.
 
     Args:
         model: The model with the adapters.
         ranks: One rank for all pairs that have more, or {pair name: rank}; pairs that are not named keep theirs.
         energy: Instead of ranks: the share of its energy that each pair keeps, in (0, 1]; see `OrderedPair`.
-        basis: Whose leading directions are kept: ``"svd"`` of B A, ``"balanced"``, or as they are ``"stored"``.
+        basis: The basis whose leading directions are kept: ``"svd"`` of B A, ``"balanced"``, or ``"stored"``.
         factors: For ``"balanced"``: {pair name: (S_u, S_d)}, (r, r) each, of all pairs.
         adapter: Only this PEFT adapter; None for all pairs of the model.
 

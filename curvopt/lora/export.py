@@ -68,40 +68,40 @@ def export_adapter(
     target: Target = "peft",
     prefix: str = "transformer",
 ) -> Path:
-    """Write one adapter of a PEFT model as a plain adapter folder, optionally of other ranks; the model is untouched.
+    """Write one adapter of a PEFT model, unchanged itself, as a plain adapter folder, optionally with other ranks.
 
-    PEFT reads a rank and an alpha for each layer, other programs read less. `target` says which program the folder is
-    for; ΔW as that program computes it equals ΔW of the model.
+    PEFT supports a rank and an alpha for each layer; other programs do not. `target` names the program that will load
+    the folder; ΔW as computed by that program equals ΔW of the model.
 
     - ``"peft"``: ranks and alphas as they are, with `rank_pattern` and `alpha_pattern`.
-    - ``"vllm"``, ``"sglang"``: one rank and one alpha. Smaller ranks are filled with zeros, scalings that differ are
+    - ``"vllm"``, ``"sglang"``: one rank and one alpha. Smaller ranks are padded with zeros, and differing scalings are
       folded into B. The server's `max_lora_rank` must be at least that rank.
-    - ``"hotswap"``: the same, for `peft.utils.hotswap`. Give `pad_to` the largest rank of all adapters to be swapped.
+    - ``"hotswap"``: the same, for `peft.utils.hotswap`. Set `pad_to` to the largest rank of the adapters to be swapped.
     - ``"tensorrt-llm"``, ``"llama.cpp"`` (for `convert_lora_to_gguf.py`): ranks as they are and one alpha, which the
-      program divides by the rank of each tensor; what remains of the scaling is folded into B.
-    - ``"diffusers"``: one file, `pytorch_lora_weights.safetensors`: ranks as they are, the scaling folded into B, names
-      that begin with `prefix`.
+      program divides by the rank of each tensor; the rest of the scaling is folded into B.
+    - ``"diffusers"``: one file, `pytorch_lora_weights.safetensors`: ranks as they are, the scaling folded into B, and
+      names that begin with `prefix`.
 
-    All but ``"diffusers"`` are PEFT folders too. Folding multiplies B, of any dtype, once, so ΔW is equal to a rounding
-    of that dtype; padding is exact.
+    All except ``"diffusers"`` are PEFT folders too. Folding multiplies B once, so ΔW is equal up to one rounding of B's
+    dtype; padding is exact.
 
     Args:
         model: A `PeftModel`, unwrapped.
-        path: The folder; made if it does not exist, files of an earlier export in it are replaced.
-        adapter: Which adapter; None means the active one.
+        path: The folder; created if it does not exist; files of an earlier export in it are replaced.
+        adapter: Name of the adapter; None: the active one.
         ranks: Keep the leading directions: {pair name: rank}, or one number for all pairs that have more.
-        energy: Instead of ranks: each pair keeps as many directions as hold this share of its energy, in (0, 1]: of
-            ‖B A‖² with ``"svd"``, of the loss that dropping all would cost under the K-FAC quadratic with
-            ``"balanced"``. A pair without any keeps its rank.
-        basis: The basis that directions are counted in; ΔW at full rank is the same in each. ``"stored"``: rows of A
+        energy: Instead of ranks: each pair keeps the smallest number of directions that hold this share of its energy,
+            in (0, 1]: of ‖B A‖² with ``"svd"``; with ``"balanced"``, of the rise of the loss under the K-FAC quadratic
+            if all were dropped. A pair without any energy keeps its rank.
+        basis: The basis in which directions are counted; ΔW at full rank is the same in each. ``"stored"``: rows of A
             and columns of B as they are, for adapters trained to be cut there (`MatryoshkaScaledAdam`, GritKFAC after a
             balanced reprojection). ``"svd"``: singular vectors of B A, for the adapter of any optimizer: no adapter of
             that rank is nearer to ΔW in the Frobenius norm (Eckart and Young, 1936). ``"balanced"``: the basis in which
-            both K-FAC factors are the same diagonal, where the leading directions cost least under the K-FAC quadratic
-            (our derivation, `curvopt.functional.basis.balanced`).
+            both K-FAC factors are the same diagonal matrix, and in which truncation raises the loss least under the
+            K-FAC quadratic (our derivation, `curvopt.functional.basis.balanced`).
         factors: For ``"balanced"``: {pair name: (S_u, S_d)} of all pairs, (r, r) each.
-        pad_to: Afterwards fill every pair with zeros to this rank, and put its scaling into B as far as `r` and
-            `lora_alpha` alone cannot say it. None pads to the largest rank where `target` needs one rank, else not.
+        pad_to: Pad every pair with zeros to this rank, and fold the part of its scaling into B that `r` and
+            `lora_alpha` alone cannot express. None: pad to the largest rank if `target` needs one rank.
         target: The program that will read the folder.
         prefix: For ``"diffusers"``: the part of the pipeline that the model is, ``"transformer"`` or ``"unet"``.
 
@@ -109,12 +109,13 @@ def export_adapter(
         The folder.
 
     Raises:
-        TypeError: If `model` is no PeftModel, a rank no integer or a share no number.
-        ValueError: If the adapter, the target, the basis or a name is unknown, a rank or share is out of range or both
-            are given, factors are missing or not asked for, the adapter has parts that cannot be cut or padded (a layer
-            that is no plain pair, an initialisation that moved the base weights), or parts that the target does not
-            read (saved modules, biases, DoRA magnitudes).
+        TypeError: If `model` is not a PeftModel, a rank not an integer, or a share not a number.
+        ValueError: If the adapter, the target, the basis or a name is unknown; a rank or share is out of range, or both
+            are given; factors are missing or not needed; the adapter has parts that cannot be cut or padded (a layer
+            that is not a plain pair, an initialisation that changed the base weights), or parts that the target does
+            not support (saved modules, biases, DoRA magnitudes).
     """
+    peft: Any = model
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not callable(getattr(model, "get_base_model", None)):
         raise TypeError(f"model must be an unwrapped PeftModel, got {type(model).__name__}")
@@ -122,7 +123,7 @@ def export_adapter(
         raise ValueError(f"target must be one of {', '.join(map(repr, get_args(Target)))}, got {target!r}")
     if pad_to is not None and (not isinstance(pad_to, int) or isinstance(pad_to, bool)):
         raise TypeError(f"pad_to must be an int, got {type(pad_to).__name__}")
-    chosen = model.active_adapter if adapter is None else adapter
+    chosen: str = peft.active_adapter if adapter is None else adapter
     if chosen not in configs:
         raise ValueError(f"adapter {chosen!r} is unknown; the model has {sorted(configs)}")
     live = configs[chosen]
@@ -140,7 +141,7 @@ def export_adapter(
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             configs[chosen] = config
-            model.save_pretrained(scratch, selected_adapters=[chosen], state_dict=state)
+            peft.save_pretrained(scratch, selected_adapters=[chosen], state_dict=state)
         finally:
             configs[chosen] = live
         nested = Path(scratch) / chosen  # where PEFT puts every adapter but "default"
@@ -199,7 +200,7 @@ def _reshape(
         pad_to = max(kept.values())
     if others and (pad_to is not None or scale != "pattern"):
         word = "pad_to" if target == "peft" else target
-        raise ValueError(f"{word}: {others[0][0]} is no plain pair ({others[0][1]})")
+        raise ValueError(f"{word}: {others[0][0]} is not a plain pair ({others[0][1]})")
     written = {pair: pad_to or kept[pair] for pair in pairs}
     scalings = {pair: saved_scaling(pair, pair.rank) for pair in pairs}
     if scale == "pattern" and pad_to is None:

@@ -44,7 +44,7 @@ class LoraPair:
     dim_A: int  # noqa: N815
     dim_B: int  # noqa: N815
     keys: tuple[tuple[str, ...], ...] = ()
-    fixed: tuple[Tensor, ...] = ()
+    fixed: tuple[Any, ...] = ()  # parameters; tensors where a saved state is read
     base_path: str = ""
     configs: dict[Any, Any] | None = None
     shared: str = ""
@@ -206,7 +206,7 @@ def matrix_view(tensor: Tensor, like: Tensor, lead: int) -> Tensor:
         ValueError: If the strides of `tensor` allow no such view.
     """
     # Length-one dimensions carry arbitrary strides and never matter to the order.
-    order = sorted(range(lead, like.ndim), key=lambda i: (like.shape[i] == 1, -like.stride(i)))
+    order = sorted(range(lead, like.ndim), key=lambda i: (like.shape[i] == 1, -like.stride()[i]))
     moved = tensor.permute(*range(lead), *order)
     try:
         return moved.view(tensor.shape[0], tensor.shape[1:].numel())

@@ -197,7 +197,8 @@ def _from_peft(path: str, module: nn.Module, roots: list[tuple[str, dict]]) -> I
         yield path, obstacle
         return
     found: list[tuple[str, tuple[tuple[str, ...], ...]]]
-    plain, embedded = module._modules["lora_A"], module._modules.get("lora_embedding_A")
+    plain: Any = module._modules["lora_A"]
+    embedded: Any = module._modules.get("lora_embedding_A")
     found = [(key, tuple((word, key, "weight") for word in _STYLES[0])) for key in plain or ()]
     found += [(key, tuple((word, key) for word in _EMBEDDING)) for key in embedded or ()]
     for adapter, keys in found:

@@ -33,7 +33,7 @@ def resize_pair(
     On PEFT layers rank, alpha, scaling, the features of both modules and the patterns of the config follow, so that a
     saved adapter loads as it is. Elsewhere the attributes `rank`, `r`, `alpha`, `lora_alpha`, `scaling` and `scale`
     follow where the layer has them. Optimizer state is not resized here, and a model inside DistributedDataParallel has
-    to be wrapped anew, since the wrapper holds on to the old shapes.
+    to be wrapped again, since the wrapper keeps the old shapes.
 
     Args:
         pair: The pair, of any kind.
@@ -42,7 +42,7 @@ def resize_pair(
         generator: Source of the new rows of A, uniform with the bound 1/√(columns).
 
     Raises:
-        TypeError: If `rank` is no integer.
+        TypeError: If `rank` is not an integer.
         ValueError: If `rank` is below 1, a variant holds more tensors along the rank, or the matrices are sharded.
     """
     check_resize(pair, rank)
@@ -79,7 +79,7 @@ def resize_adapter(
         {pair name: rank} of all pairs of the adapter (of all adapters without one).
 
     Raises:
-        TypeError: If `model` is no module or a rank no integer.
+        TypeError: If `model` is not a module or a rank not an integer.
         ValueError: If a name is unknown (some known ones are given), a rank below 1, or a pair cannot be resized.
     """
     pairs = find_lora_pairs(model, adapter)
@@ -146,7 +146,7 @@ def resized(data: Tensor, dim: int, rank: int, draw: bool = False, generator: to
     """`data` with `rank` entries along `dim`, in the same memory order; what is new is drawn, or zero."""
     shape = list(data.shape)
     shape[dim] = rank
-    order = sorted(range(data.ndim), key=lambda i: (-data.stride(i), i))
+    order = sorted(range(data.ndim), key=lambda i: (-data.stride()[i], i))
     new = data.new_zeros([shape[i] for i in order]).permute([order.index(i) for i in range(data.ndim)])
     kept = min(rank, data.shape[dim])
     new.narrow(dim, 0, kept).copy_(data.narrow(dim, 0, kept))

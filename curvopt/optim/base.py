@@ -1,4 +1,4 @@
-"""PairedOptimizer: params in, pairs found, groups read at every step. The methods live in its subclasses."""
+"""PairedOptimizer: finds the pairs among its parameters and reads the groups at every step; the base class."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
 
 from curvopt.distributed import Shards, groups_of, local, shards_of
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, pair_by_name
-from curvopt.ops import Ops
+from curvopt.ops import Backend, Ops
 from curvopt.optim import loading
-from curvopt.optim.checking import check, is_number
+from curvopt.optim.checking import as_scalar, check, is_number
 from curvopt.optim.locator import ParameterLocator, describe_names, trainable
 
 T = TypeVar("T", bound="PairedOptimizer")
@@ -75,11 +76,12 @@ class Noted:
 class PairedOptimizer(torch.optim.Optimizer):
     """An optimizer that knows which of its parameters are the two matrices of one LoRA adapter.
 
-    What stands in ``param_groups`` at a step is what trains, as in torch: tensors that were replaced, appended or
-    removed, new group dicts and edited values are seen at the next step, and pairs are found again.
+    As in torch, ``param_groups`` decide at every step what is trained and how: replaced, added or removed tensors, new
+    group dicts and edited values are noticed at the next step, and pairs are found again. Edited values are validated;
+    an invalid one raises the same error at every step until it is corrected.
 
-    Parameters that belong to no pair get exactly torch's AdamW with the group's ``lr``, ``betas``, ``eps`` and
-    ``weight_decay`` (bit for bit ``torch.optim.AdamW`` on the CPU, its fused kernel elsewhere).
+    Parameters that belong to no pair are updated exactly as by torch's AdamW with the group's ``lr``, ``betas``,
+    ``eps`` and ``weight_decay`` (bit for bit ``torch.optim.AdamW`` on the CPU, its fused kernel elsewhere).
 
     Args:
         params: an ``nn.Module`` (pairs are found in it), named parameters, tensors, or param groups of either.
@@ -99,27 +101,28 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         defaults: dict[str, Any],
         *,
         model: nn.Module | None = None,
         adapter: str | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         require_pairs: bool = True,
     ) -> None:
         self._ops = Ops(backend)
         self._adapter = adapter
         self._whole_model = isinstance(params, nn.Module)
+        groups: Any = params  # torch refuses what is none of the above
         if isinstance(params, nn.Module):
-            model, params = params, trainable(params, adapter)
+            model, groups = params, trainable(params, adapter)
         elif not isinstance(params, Tensor):
-            params = list(params)
+            groups = list(params)
         self._model = model
         self._sides: list[Side] = []
         self._pairs: list[LoraPair] = []
         self._noted: list[Noted] = []
         self._ready = False
-        super().__init__(params, defaults)
+        super().__init__(groups, defaults)
         for group in self.param_groups:
             self._check_group(group)
         try:
@@ -135,17 +138,17 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def bound_to(cls: type[T], model: nn.Module, **options: Any) -> type[T]:
-        """Return this class with ``model=`` given, for factories that hand over tensors without names.
+        """Return this class with ``model=`` already given, for factories that pass tensors without names.
 
         ``create_loraplus_optimizer(model, GritKFAC.bound_to(model), lr=..., loraplus_lr_ratio=...)``: the tensors are
-        found in the model by identity. What is called makes instances of this very class.
+        found in the model by identity. Calling it creates instances of this class itself, not of a subclass.
 
         Args:
             model: the module to search.
-            options: further arguments; those of the call come before them.
+            options: further arguments; arguments of the call take precedence.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -171,7 +174,7 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module that was searched for pairs; None without one."""
+        """The module that was searched for pairs; None if there was none."""
         return self._model
 
     @property
@@ -185,11 +188,11 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     @property
     def shared_by(self) -> list[Any]:
-        """The process groups over which any parameter is split."""
+        """The process groups over which parameters are sharded."""
         return list(self._shared_by)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does; pairs that it completes are found, and nothing is added if it is refused."""
+        """Add a group as torch does, and find the pairs that it completes; if it is invalid, nothing is added."""
         super().add_param_group(param_group)
         self._complete_group(self.param_groups[-1])
         try:
@@ -215,6 +218,7 @@ class PairedOptimizer(torch.optim.Optimizer):
         betas = g["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         check("betas", betas, pair and all(is_number(b) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)")
+        g["betas"] = tuple(betas)  # a list could be changed in place, unseen
         check("eps", g["eps"], is_number(g["eps"]) and g["eps"] >= 0, "a number ≥ 0")
         decay = g["weight_decay"]
         check("weight_decay", decay, is_number(decay) and decay >= 0, "a number ≥ 0")
@@ -272,14 +276,19 @@ class PairedOptimizer(torch.optim.Optimizer):
         if len(groups) != len(noted) or not all(map(_same_params, groups, noted)):
             self._reindex()
             return
-        edited = False
-        for g, was in zip(groups, noted, strict=True):
-            if any(g.get(key) is not value for key, value in was.settings.items()):
-                before, was.settings = was.settings, _settings(g)
-                self._check_edit(before, g)
-                edited |= any(before[key] is not g.get(key) for key in before.keys() - {"lr", "betas"})
-        if edited:
+        edited = [
+            (g, was)
+            for g, was in zip(groups, noted, strict=True)
+            if any(g.get(key) is not value for key, value in was.settings.items())
+        ]
+        for g, was in edited:
+            self._check_edit(was.settings, g)
+        if any(
+            was.settings[key] is not g.get(key) for g, was in edited for key in was.settings.keys() - {"lr", "betas"}
+        ):
             self._check_pairs()
+        for g, was in edited:  # only now: what was refused is refused at the next step again
+            was.settings = _settings(g)
 
     def _reindex(self) -> None:
         """Find the pairs anew among parameters that were put into the groups or taken out.
@@ -287,7 +296,14 @@ class PairedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: parameters were replaced in the groups, but not in the model, and pairs are lost by it.
         """
-        before, familiar = self._pairs, {p for noted in self._noted for p in noted.params}
+        pairs, noted = self._pairs, self._noted
+        try:
+            self._find_anew(pairs, {p for was in noted for p in was.params})
+        except (RuntimeError, TypeError, ValueError):  # what was refused is refused at the next step again
+            self._pairs, self._noted = pairs, [Noted({}, was.params, was.settings) for was in noted]
+            raise
+
+    def _find_anew(self, before: list[LoraPair], familiar: set[Tensor]) -> None:
         if self._model is not None:
             familiar.update(self._model.parameters())
         for g in self.param_groups:
@@ -348,8 +364,8 @@ class PairedOptimizer(torch.optim.Optimizer):
         adamw(
             [local(p) for p in params], grads, column["exp_avg"], column["exp_avg_sq"], [], column["step"],
             fused=None if cpu else True, foreach=False if cpu else None, found_inf=None if cpu else found_inf,
-            amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"],
-            eps=g["eps"], maximize=g["maximize"],
+            amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=as_scalar(g["lr"]),
+            weight_decay=g["weight_decay"], eps=g["eps"], maximize=g["maximize"],
         )  # fmt: skip
 
     # ------------------------------------------------------------------ saving, loading, copying
@@ -362,7 +378,8 @@ class PairedOptimizer(torch.optim.Optimizer):
         """Load as torch does; refuses state of other shapes before changing anything, and keeps dtypes.
 
         Raises:
-            ValueError: the saved state of a parameter has another shape (for instance another rank).
+            ValueError: the saved state of a parameter has another shape (for instance another rank), or a saved
+                hyper-parameter is out of range.
         """
         if self._locator.moved(iter(())):
             self._follow()
@@ -370,6 +387,8 @@ class PairedOptimizer(torch.optim.Optimizer):
 
         def look(_: Any, found: dict[str, Any]) -> None:
             loading.check_fits(self.param_groups, found)
+            for own, saved in zip(self.param_groups, found["param_groups"], strict=False):
+                self._check_group({**own, **saved})
             final.update(found)
 
         handle = self.register_load_state_dict_pre_hook(look)

@@ -24,6 +24,7 @@ from curvopt.functional.outer import cosine_rows
 from curvopt.functional.plan import mapped
 from curvopt.functional.update import Hyper, Undecayed, apply_delta
 from curvopt.optim.base import PairedOptimizer, Side, check_dense
+from curvopt.optim.checking import as_scalar
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -141,7 +142,7 @@ class Bucket:
         self.params = [s.param for s in self.sides]
         self.state: dict[str, Tensor] = {}
         self.blocks: list[Block] = []
-        self.grads: list[Tensor] = []
+        self.grads: list[Any] = []  # None for all sides of a bucket without gradients
         first = self.sides[0]
         self.group, self.r, self.kind = first.group, first.pair.rank, kind
         self.outer_rank = outer_rank
@@ -256,7 +257,7 @@ class Bucket:
                         "make a new optimizer and load the state"
                     )
         g, h = self.group, self.hyper
-        h.lr, h.eps, h.weight_decay, h.maximize = g["lr"], g["eps"], g["weight_decay"], g["maximize"]
+        h.lr, h.eps, h.weight_decay, h.maximize = as_scalar(g["lr"]), g["eps"], g["weight_decay"], g["maximize"]
         h.beta1, h.beta2 = g["betas"]
         if not self._plain:
             self.grads = [X for block in self.blocks for X in block.pieces(self.grads[block.rows])]
@@ -444,7 +445,7 @@ def _in_memory_order(p: Tensor, dim: int, n: int | None) -> Tensor:
     """Return a meta tensor shaped like ``p``, with n entries along ``dim`` if given, in the memory order of ``p``."""
     if n is None:
         return torch.empty_like(p, device="meta")
-    order = sorted(range(p.ndim), key=lambda i: (p.shape[i] == 1, -p.stride(i)))
+    order = sorted(range(p.ndim), key=lambda i: (p.shape[i] == 1, -p.stride()[i]))
     made = torch.empty([n if i == dim else p.shape[i] for i in order], device="meta")
     return made.permute([order.index(i) for i in range(p.ndim)])
 

@@ -13,10 +13,18 @@ def check(name: str, value: Any, fine: bool, allowed: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite real number or a 0-d tensor (whose value is not read)."""
+    """Whether ``value`` is a finite real number or a one-element tensor (whose value is not read)."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def as_scalar(value: Any) -> Any:
+    """Return a one-element tensor as a 0-d view of it, and anything else as it is.
+
+    torch before 2.7 multiplies parameters by such a learning rate with broadcasting, which not every shape survives.
+    """
+    return value.reshape(()) if isinstance(value, Tensor) and value.ndim else value
 
 
 def is_whole(value: Any) -> bool:

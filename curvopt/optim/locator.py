@@ -32,7 +32,7 @@ class ParameterLocator:
         self._at: dict[Tensor, tuple[nn.Module, str]] = {}
         for module in model.modules() if model is not None else ():
             for name, p in module._parameters.items():
-                if p in mine:
+                if p is not None and p in mine:
                     self._at.setdefault(p, (module, name))
         self._first = next(iter(self._at), None)
         self._warned = False
@@ -134,10 +134,10 @@ def trainable(model: nn.Module, adapter: str | None) -> list[Tensor]:
     Pairs are included even while frozen, with all else that their adapters train (DoRA's magnitudes, saved modules,
     biases), so that switching adapters later needs no new optimizer.
     """
-    chosen = {p for pair in find_lora_pairs(model, adapter) for p in (pair.A, pair.B)}
+    chosen: set[Tensor] = {p for pair in find_lora_pairs(model, adapter) for p in (pair.A, pair.B)}
     others = {p for pair in find_lora_pairs(model) for p in (pair.A, pair.B)} - chosen
     chosen |= _resting(model, adapter)
-    params = [p for p in model.parameters() if p in chosen or (p.requires_grad and p not in others)]
+    params: list[Tensor] = [p for p in model.parameters() if p in chosen or (p.requires_grad and p not in others)]
     if not params:
         raise ValueError(f"params must be a module with trainable parameters, got 'a {type(model).__name__}'")
     return params

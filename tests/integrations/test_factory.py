@@ -26,7 +26,7 @@ def test_names_and_strings():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [({"optimizer": "adam"}, "optimizer must be one of 'grit', 'matryoshka', got 'adam'"),
-     ({"lr": "-1"}, "lr must be a number"), ({"update": "sign"}, "update must be one of"),
+     ({"lr": "-1"}, "lr must be a number"), ({"update": "sign"}, "update must be 'polar' or 'eigen'"),
      ({"damping": "much"}, "damping must be a number"), ({"dampening": "1"}, "did you mean damping")],
 )  # fmt: skip
 def test_errors(kwargs, message):

@@ -10,6 +10,7 @@ import torch
 from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
 from curvopt.integrations import parse_options
 from curvopt.integrations.options import parse_value
+from curvopt.optim.grit import settings
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,18 @@ def test_functions_and_classes_without_annotations():
         "anything": [1, 2],
     }
     assert parse_options("momentum=0.9,nesterov=1", torch.optim.SGD) == {"momentum": 0.9, "nesterov": True}
+
+
+def test_keywords_that_a_typed_dict_lists():
+    """What stands in ``**advanced: Unpack[AdvancedSettings]`` is parsed like a named argument, and so is no other."""
+    said = parse_options("factor_every=3, factor_decay=1, reprojection=None, require_pairs=no, adapter=x", GritKFAC)
+    assert said == {
+        "factor_every": 3, "factor_decay": 1.0, "reprojection": None, "require_pairs": False, "adapter": "x",
+    }  # fmt: skip
+    for name, value in settings.ADVANCED.items():
+        assert parse_options({name: str(value)}, GritKFAC) == {name: value}, name
+    with pytest.raises(ValueError, match=r"inverse_evry must be an argument of GritKFAC .*did you mean inverse_every"):
+        parse_options("inverse_evry=3", GritKFAC)
 
 
 @pytest.mark.parametrize("cls", [GritKFAC, MatryoshkaScaledAdam, GoRAInit])

@@ -11,6 +11,8 @@ from contract_kit import optimizers
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
+from curvopt.optim.grit import AdvancedSettings
+
 HYPER = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-7, "weight_decay": 0.1}
 
 
@@ -53,7 +55,7 @@ def test_first_parameters_are_those_of_adamw(make):
     if make.cls.__name__ == "GritKFAC":
         want[1] = (0.7, 0.99)  # what short runs gain by; see docs/outer-factors.md
     assert [p.default for p in ours[2:shared]][:3] == want
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[shared:])
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in ours[shared:])
 
 
 @optimizers
@@ -106,7 +108,10 @@ def test_pairs_are_the_parameters_of_the_model(make):
 def test_hyper_parameters_live_in_the_groups(make):
     optimizer = make(models.mlp(), maximize=True)
     elsewhere = {"self", "params", "adapter", "backend", "require_pairs", "process_group", "model", "generator"}
-    arguments = set(inspect.signature(make.cls.__init__).parameters) - elsewhere
+    arguments = set(inspect.signature(make.cls.__init__).parameters)
+    if "advanced" in arguments:
+        arguments = (arguments - {"advanced"}) | AdvancedSettings.__annotations__.keys()
+    arguments -= elsewhere
     for group in optimizer.param_groups:
         assert arguments <= group.keys()
         assert not any(isinstance(value, nn.Module) for value in group.values())

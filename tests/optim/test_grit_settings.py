@@ -1,11 +1,18 @@
 """GritKFAC's settings: those of the paper, those of each group, and edits in flight."""
 
 import copy
+import inspect
+from typing import get_args
 
 import models
+import pytest
 import torch
 
 from curvopt import GritKFAC
+from curvopt.functional.ranks import BUDGET_WEIGHTS, BudgetWeight
+from curvopt.functional.update import RULES
+from curvopt.optim.grit import AdvancedSettings, settings
+from curvopt.optim.grit.curvature import SOURCES
 
 
 def test_paper_has_the_published_settings():
@@ -15,6 +22,49 @@ def test_paper_has_the_published_settings():
         "inverse_every": 50, "reprojection": "paper", "reproject_every": 50, "rank_threshold": 0.99, "min_rank": 2,
     }  # fmt: skip
     assert {key: group[key] for key in published} == published
+
+
+def test_the_signature_is_short_and_the_rest_are_keywords_with_defaults():
+    parameters = inspect.signature(GritKFAC).parameters
+    named = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name != "params"]
+    assert len(named) <= 16
+    assert settings.ADVANCED.keys() == AdvancedSettings.__annotations__.keys()
+    assert not settings.ADVANCED.keys() & set(named)
+    assert parameters["min_rank"].default == settings.MIN_RANK  # which `check_pairs` takes for not given
+
+
+def test_advanced_settings_are_settings_of_the_groups():
+    """Each is what it is told to be, in the constructor and in a group of its own, and the default elsewhere."""
+    own = {"sides": "paper", "factor_decay": 0.5, "factor_every": 2, "inverse_every": 3, "warmup_steps": 4,
+           "reprojection": "paper"}  # fmt: skip
+    usual = {key: settings.ADVANCED[key] for key in own}
+    assert GritKFAC(models.mlp(), **own).param_groups[0].items() >= own.items()
+    model = models.mlp()
+    first, *others = GritKFAC(model).pairs
+    groups = [
+        {"params": [first.A, first.B], **own},
+        {"params": [p for pair in others for p in (pair.A, pair.B)]},
+    ]
+    here, there = GritKFAC(groups, model=model).param_groups
+    assert here.items() >= own.items() and there.items() >= usual.items()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("inverse_evry", "inverse_every"), ("rank_treshold", "rank_threshold"), ("beta", "betas"), ("momentum", None)],
+)
+def test_an_unknown_keyword_is_named_with_the_nearest_known(given, meant):
+    model = models.mlp()
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{given}'") as error:
+        GritKFAC(model, **{given: 1})
+    assert (f"did you mean '{meant}'?" in str(error.value)) == (meant is not None)
+    assert models.hooks(model) == 0
+
+
+def test_the_typed_choices_are_those_of_the_registries():
+    assert get_args(settings.Update) == tuple(RULES)
+    assert get_args(settings.Statistics) == ("auto", *SOURCES)
+    assert get_args(BudgetWeight) == tuple(BUDGET_WEIGHTS)
 
 
 def test_every_setting_is_read_at_every_step():

@@ -93,7 +93,7 @@ def test_truncated_nests_and_restores_to_the_bit(nesting, dtype):
 
 def test_no_step_while_truncated():
     _, optimizer = trained()
-    with optimizer.truncated(2), pytest.raises(RuntimeError, match=r"no step inside of truncated\(\)"):
+    with optimizer.truncated(2), pytest.raises(RuntimeError, match=r"step\(\) was called inside truncated\(\)"):
         optimizer.step()
 
 
@@ -192,7 +192,8 @@ def test_bad_arguments_are_named(name, values, allowed):
         with pytest.raises(ValueError) as error:
             MatryoshkaScaledAdam(model, **{name: value})
         message = str(error.value)
-        assert message.startswith(name) and repr(value) in message and allowed in message, message
+        shown = repr(value) in message or (isinstance(value, list) and repr(tuple(value)) in message)
+        assert message.startswith(name) and shown and allowed in message, message
     MatryoshkaScaledAdam(model)  # nothing is left of those
 
 

@@ -1,6 +1,7 @@
 """What stands in ``param_groups`` at a step is what trains, whoever put it there; or an error says why it does not."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from grit_kit import rank_side
 from situations_kit import build, loss, steps, weights
 from torch import nn
 
-from curvopt import GritKFAC, MatryoshkaScaledAdam
+from curvopt import GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
 
 optimizers = pytest.mark.parametrize("make", [GritKFAC, MatryoshkaScaledAdam])
 
@@ -102,18 +103,100 @@ def test_new_group_dicts_go_on(make):
         ({"sides": "paper"}, "sides must be what it was at the first step, 'kfac'"),
         ({"statistics": "gradient"}, "statistics must be what it was at the first step, 'activation'"),
         ({"inverse_every": 0}, "inverse_every must be an integer ≥ 1, got 0"),
+        ({"betas": (2, 0)}, "betas must be two numbers in [0, 1), got (2, 0)"),
+        ({"outer_rank": 4}, "outer_rank must be what it was at the first step, 0"),
+        ({"outer_rank": "4"}, "outer_rank must be an integer ≥ 0, got '4'"),
+        ({"eps": None}, "eps must be a number ≥ 0, got None"),
+        ({"rank_threshold": 2}, "rank_threshold must be None or a number in (0, 1], got 2"),
+        ({"min_rank": 99}, "min_rank must be at most the rank of every pair"),
     ],
     ids=str,
 )
 def test_edits_are_validated(edit, message):
+    """At every step until they are taken back; the run then is that of a twin whose groups were never edited."""
+    model, twin = build(), build()
+    optimizer, other = rank_side(model, lr=1e-2), rank_side(twin, lr=1e-2)
+    steps(model, optimizer), steps(twin, other)
+    before = weights(model)
+    kept = {key: optimizer.param_groups[0][key] for key in edit}
+    optimizer.param_groups[0].update(edit)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            steps(model, optimizer)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    optimizer.param_groups[0].update(kept)
+    steps(model, optimizer, 2), steps(twin, other, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"betas": [0.9, 1.0]}, "betas must be two numbers in [0, 1)"),
+        ({"ranks": [2, 1]}, "ranks must be None or ascending integers ≥ 1"),
+        ({"nesting": "dylora"}, "nesting must be what it was when the optimizer was made, 'matryoshka'"),
+        ({"scale": "half"}, "scale must be one of 'none', 'rank', 'sqrt'"),
+    ],
+    ids=str,
+)
+def test_edits_of_nested_settings_are_validated(edit, message):
     model = build()
-    optimizer = rank_side(model, lr=1e-2)
+    optimizer = MatryoshkaScaledAdam(model, lr=1e-2)
     steps(model, optimizer)
     before = weights(model)
     optimizer.param_groups[0].update(edit)
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            steps(model, optimizer)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_edits_that_set_the_two_sides_of_a_pair_at_odds_are_refused_until_taken_back():
+    model = build()
+    first = find_lora_pairs(model)[0]
+    groups = [
+        {"params": [first.A]},
+        {"params": [p for p in model.parameters() if p.requires_grad and p is not first.A]},
+    ]
+    optimizer = GritKFAC(groups, lr=1e-2, model=model)
+    steps(model, optimizer)
+    optimizer.param_groups[0]["damping"] = 0.5
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"damping of .* must be the same in the groups of its A and B"):
+            steps(model, optimizer)
+    optimizer.param_groups[1]["damping"] = 0.5
+    steps(model, optimizer)
+
+
+def test_a_list_in_a_group_cannot_change_unseen():
+    """torch takes betas as a list; one that is changed in place would pass every comparison by identity."""
+    model = build()
+    betas = [0.9, 0.99]
+    optimizer = GritKFAC(model, lr=1e-2, betas=betas)
+    betas[0] = 2.0
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+    optimizer.param_groups[0]["betas"] = betas
+    with pytest.raises(ValueError, match="betas must be two numbers"):
         steps(model, optimizer)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@optimizers
+@pytest.mark.parametrize("edit", [{"betas": (2, 0)}, {"lr": -1.0}], ids=str)
+def test_files_are_validated(make, edit):
+    """A file whose groups are out of range is refused, and nothing of it is loaded."""
+    model = build()
+    optimizer = make(model, lr=1e-2)
+    steps(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    steps(model, optimizer)
+    now = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(edit)
+    with pytest.raises(ValueError, match=f"{next(iter(edit))} must be"):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == now["param_groups"]
+    for index, state in now["state"].items():
+        assert all(torch.equal(value, after["state"][index][key]) for key, value in state.items())
 
 
 def test_an_edited_value_holds_from_the_next_step_on():

@@ -1,7 +1,7 @@
 """What GoRAInit gathers before it decides: per layer a sum of gradients and how many steps are in it."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,10 @@ from curvopt.lora.gradients import (
 )
 from curvopt.optim.gora.products import FACTORS, Products
 
-IMPORTANCES = ("mean_abs", "frobenius", "nuclear", "grad_b")
-STARTS = ("gora", "whitened", "whitened-random")
-COMPARED = ("all", "role")
+Importance = Literal["mean_abs", "frobenius", "nuclear", "grad_b"]
+Start = Literal["gora", "whitened", "whitened-random"]
+Compare = Literal["all", "role"]
+IMPORTANCES, STARTS, COMPARED = get_args(Importance), get_args(Start), get_args(Compare)
 # state of one pair, kept under its B
 KEYS = ("gradient", "right", "left", *FACTORS, "seen", "skipped", "importance", "known",
         "input_V", "input_w", "input_c", "output_V", "output_w", "output_c")  # fmt: skip

@@ -67,7 +67,7 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
     """Raise a ValueError if some adapter cannot be calibrated, or their shapes do not allow the budget."""
     check("params", type(model).__name__, bool(pairs), "a model with a plain pair whose B is trainable")
     wrapped = isinstance(model, DistributedDataParallel)
-    allowed = "False around DistributedDataParallel, which holds on to shapes; or calibrate first and wrap then"
+    allowed = "False around DistributedDataParallel, which keeps the shapes; or calibrate first and wrap afterwards"
     check("resize", g["resize"], not (g["resize"] and wrapped), allowed)
     for pair in pairs:
         named = pair.module is not None or (g["importance"] == "grad_b" and g["start"] == "gora")

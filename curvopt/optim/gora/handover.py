@@ -54,7 +54,7 @@ def build(then: Callable[[Any], torch.optim.Optimizer] | None, model: Any) -> to
     """Return what ``then`` makes of the model.
 
     Raises:
-        TypeError: it is no optimizer.
+        TypeError: it is not an optimizer.
     """
     if then is None:
         return None
@@ -215,7 +215,7 @@ def take_apart(state_dict: dict[str, Any], pairs: Sequence[LoraPair], plan: Rank
     names = {pair.name for pair in pairs}
     unknown = [] if theirs is None else [name for name in theirs.ranks if name not in names]
     if unknown:
-        raise ValueError(f"state_dict does not fit: its plan has a rank for {unknown[0]!r}, which is no pair here")
+        raise ValueError(f"state_dict does not fit: its plan has a rank for {unknown[0]!r}, which is not a pair here")
     if plan not in (None, theirs):
         raise ValueError("state_dict does not fit: its plan is not the one in force here")
     # torch would cast the sums to the dtype of B, and our shape check knows Adam's state alone

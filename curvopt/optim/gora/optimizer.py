@@ -1,22 +1,31 @@
-"""GoRAInit: a few batches decide the rank and the start of every adapter; then another optimizer goes on."""
+"""GoRAInit: a few batches decide ranks and initial weights of the adapters; then another optimizer takes over."""
 
 import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
-from curvopt.functional.ranks import RankPlan
+from curvopt.functional.ranks import Allocation, BudgetWeight, RankPlan
 from curvopt.lora import LoraPair, describe_search
 from curvopt.optim.base import PairedOptimizer
 from curvopt.optim.checking import check
 from curvopt.optim.gora import checks, handover
-from curvopt.optim.gora.calibration import KEYS, Calibration, plan_for, write_start
+from curvopt.optim.gora.calibration import (
+    KEYS,
+    Calibration,
+    Compare,
+    Importance,
+    Start,
+    plan_for,
+    write_start,
+)
 from curvopt.optim.locator import describe_names
 
 log = logging.getLogger(__name__)
@@ -25,65 +34,67 @@ AT_LEAST = 3  # steps before `convergence` may end the calibration
 
 
 class GoRAInit(PairedOptimizer):
-    r"""Calibrates adapters by gradients (GoRA, arXiv 2502.12171), then hands over to the optimizer ``then`` makes.
+    r"""Calibrates adapters from gradients (GoRA, arXiv 2502.12171), then hands over to another optimizer.
 
     .. code-block:: text
 
-        for n steps, with B = 0 and nothing moving:  Ḡ_l ← mean of ∂L/∂W_l          by hooks; W_l stays frozen
+        for n steps, with B = 0 and no update:       Ḡ_l ← mean of ∂L/∂W_l          by hooks; W_l stays frozen
         I_l = mean |W_l ⊙ Ḡ_l|;  r_l ∝ I_l / f(d_in + d_out) within a budget          (curvopt.functional.ranks)
         A ← its first r_l rows;  B ← −(ξ/s) Ḡ Aᵀ (A Aᵀ)⁻¹,  ξ = lr₀ √(d_in/r_l)      (...functional.gradient_init)
-        from then on every call goes to then(model)
+        afterwards every call goes to then(model)
 
     Args:
-        params: the model, or param groups with ``model``; only ``importance="grad_b"`` without ``then`` needs none.
-        rank: r of the uniform adapters whose parameters are the budget.
-        min_rank: no layer gets less ...
-        max_rank: ... or more; or more than min(d_in, d_out), to which ``min_rank`` yields too.
-        calibration_steps: n, calls of ``step``; those dropped as not finite count.
-        init_lr: lr₀ ≥ 0, or ``"auto"``: of `GRID` the one with the least loss on the last batch; needs ``closure``.
+        params: the model, or param groups with ``model``; only ``importance="grad_b"`` without ``then`` works without a
+            model.
+        rank: r of the uniform adapters whose number of parameters is the budget.
+        min_rank: smallest rank of a layer; min(d_in, d_out) where that is smaller.
+        max_rank: largest rank of a layer; min(d_in, d_out) where that is smaller.
+        calibration_steps: n, calls of ``step``, including those dropped because of non-finite gradients.
+        init_lr: lr₀ ≥ 0, or ``"auto"``: the value of `GRID` with the smallest loss on the last batch; needs
+            ``closure``.
         start: ``"gora"``: B₀ above. ``"whitened"`` (our derivation): B = 0 and A ← (r leading right singular vectors of
-            R_g Ḡ R_x) R_x with the norm LoRA gave it, R = (S / mean diag S + 0.01)^(-1/2) of the second moments of x
-            and g; from sketches, so that no sum is larger than an adapter of rank ``max_rank`` or 64, and nothing is
-            asked of the base weight. The first batch gives R_x and R_g, the others Ḡ. ``"whitened-random"``: B = 0
-            and A ← A R_x.
+            R_g Ḡ R_x) R_x, scaled to the norm that LoRA gave A, with R = (S / mean diag S + 0.01)^(-1/2) of the second
+            moments of x and g. It uses sketches, so that no sum is larger than an adapter of rank ``max_rank`` or 64,
+            and does not read the base weight. The first batch gives R_x and R_g, the others Ḡ. ``"whitened-random"``:
+            B = 0 and A ← A R_x.
         compare: ``"all"`` layers share one budget; ``"role"``: layers whose parents have the same name (``self_attn``,
-            ``mlp``) share the budget of their uniform ranks, so that importances of like layers are compared.
+            ``mlp``) share the budget of their uniform ranks, so that only importances of like layers are compared.
         importance: ``"mean_abs"``, GoRA's; ``"frobenius"`` or ``"nuclear"`` norm of Ḡ; ``"grad_b"``: ‖∂L/∂B‖, which
-            needs no Ḡ, but adapters built with the largest rank they may get.
-        allocation: ``"exact"`` spends the budget by importance; ``"paper"`` has the official rounding; ``"uniform"``
-            gives all layers ``rank``; ``"spectrum"`` buys the largest squared singular values of R_g Ḡ R_x for their
-            parameters. The latter two look at no importance.
+            needs no Ḡ, but adapters that were created with the largest rank they may get.
+        allocation: ``"exact"`` spends the budget in proportion to importance; ``"paper"`` uses the official rounding;
+            ``"uniform"`` gives all layers ``rank``; ``"spectrum"`` takes the largest squared singular values of
+            R_g Ḡ R_x per parameter first. The latter two use no importances.
         budget_weight: f: ``"linear"``, ``"sqrt"`` or ``"log1p"``.
-        convergence: stop early, after 3 steps or more, when all importances moved by less than this, relatively
-            (published: 0.1); computes them at every step. None: never.
+        convergence: stop early, after at least 3 steps, when the relative change of every importance is below this
+            (published: 0.1); they are then computed at every step. None: never.
         offload: keep Σ Ḡ in host memory.
-        then: a callable that takes the model and returns an optimizer, called once the adapters are ready. None: build
-            one yourself when `ready` says so; further steps are errors.
+        then: a callable that takes the model and returns an optimizer, called once the adapters are ready. None: create
+            one yourself once `ready` is True; further steps raise an error.
         adapter: only this adapter's pairs; None for all trainable ones.
-        lr: what schedules of *this* optimizer are relative to: the delegate runs at its own rates times the present
-            ``lr`` of the group over this one. The default makes it a factor; for schedules in absolute numbers give
-            the learning rate that ``then`` gives.
-        keep_scaling: adapters keep their s whatever their rank; False: alpha stays and s follows the layer's own rank
+        lr: the reference for schedules of *this* optimizer: the delegate's learning rates are multiplied by the present
+            ``lr`` of the group, divided by this value. With the default, ``lr`` is a factor; for schedules in absolute
+            numbers pass the learning rate that ``then`` uses.
+        keep_scaling: adapters keep their s whatever their rank; False: alpha is kept and s follows the layer's own rank
             (published, with rank-stabilised scaling).
         resize: False keeps all shapes, for DistributedDataParallel around the model: unused directions are zero in
-            both factors, and ``max_rank`` must not exceed the rank that is built.
-        reset: set B to zero at the first step where it is not, instead of an error; that batch is not counted.
-        generator: source of new rows of A and of the draws of ``"nuclear"``; torch's global one if None.
+            both matrices, and ``max_rank`` must not exceed the rank of the adapters.
+        reset: set B to zero at the first step if it is not, instead of raising an error; that batch is not counted.
+        generator: source of new rows of A and of the random vectors of ``"nuclear"``; None: torch's global one.
         process_group: processes to average over; None for the default group, if there is one.
         model: the module to search when ``params`` are groups of tensors.
 
-    Adapters whose forward is not the plain one (DoRA and other variants) and frozen ones are left as they are. A step
-    whose gradients are not finite is dropped: with ``"grad_b"`` all of it, else what the layers concerned saw of it.
-    Gradients count as they stand in ``.grad`` at ``step``: unscaled and clipped if the loop does so, and not at all if
-    they were dropped before. Σ Ḡ takes 4 bytes per weight of the adapted layers, twice that during a step.
-    After the hand-over, what is edited in the groups of this optimizer (``weight_decay``, ``betas``; schedulers that
-    cycle momentum) is written into the delegate's groups, where these have such a setting.
-    ``state_dict`` in the middle of the calibration has all of it; afterwards it has the delegate's.
+    Adapters with a forward of their own (DoRA and other variants) and frozen ones are left as they are. Non-finite
+    gradients are dropped: with ``"grad_b"`` the whole step, otherwise only those of the layers concerned. Gradients are
+    used as they are in ``.grad`` at ``step``: unscaled and clipped if the loop does so, and not used if they were
+    discarded before. Σ Ḡ takes 4 bytes per weight of the adapted layers, twice that during a step. After the hand-over,
+    edits of this optimizer's groups (``weight_decay``, ``betas``; schedulers that cycle momentum) are copied to the
+    delegate's groups if these have such a setting. During the calibration, ``state_dict`` holds its sums; afterwards it
+    holds the delegate's state.
 
     Raises:
         TypeError: see `PairedOptimizer`.
-        ValueError: no pair, an argument out of range, or a budget the clamps cannot meet; from ``step``: B not zero,
-            or a layer without any gradient.
+        ValueError: no pair, an argument out of range, or a budget that ``min_rank`` and ``max_rank`` do not allow; from
+            ``step``: B is not zero, or a layer never had a gradient.
     """
 
     GRID = tuple(5e-2 * 4.0**k for k in range(-2, 5))
@@ -95,18 +106,18 @@ class GoRAInit(PairedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         *,
         rank: int = 8,
         min_rank: int = 4,
         max_rank: int = 32,
         calibration_steps: int = 32,
-        init_lr: float | str = 5e-2,
-        importance: str = "mean_abs",
-        allocation: str = "exact",
-        budget_weight: str = "linear",
-        start: str = "gora",
-        compare: str = "all",
+        init_lr: float | Literal["auto"] = 5e-2,
+        importance: Importance = "mean_abs",
+        allocation: Allocation = "exact",
+        budget_weight: BudgetWeight = "linear",
+        start: Start = "gora",
+        compare: Compare = "all",
         convergence: float | None = None,
         offload: bool = False,
         then: Callable[[Any], torch.optim.Optimizer] | None = None,
@@ -143,22 +154,22 @@ class GoRAInit(PairedOptimizer):
 
     @classmethod
     def paper(
-        cls, params: Any, *, delegate_lr: float = 5e-5, loraplus_ratio: float = 16.0, **overrides: Any
+        cls, params: ParamsT | nn.Module, *, delegate_lr: float = 5e-5, loraplus_ratio: float = 16.0, **overrides: Any
     ) -> "GoRAInit":
         """Return GoRA as published: its ranks, rounding, start and learning rates.
 
         Sets ``rank=8``, ``min_rank=4``, ``max_rank=32``, ``calibration_steps=32``, ``init_lr=5e-2``,
         ``importance="mean_abs"``, ``start="gora"``, ``allocation="paper"``, ``budget_weight="linear"``,
         ``keep_scaling=False``, and as ``then`` AdamW without decay whose B learns ``loraplus_ratio`` times as fast as
-        everything else (LoRA+). Yours to add: ``use_rslora=True`` in the LoraConfig, adapters on the attention's four
-        projections alone, float32, and a warm-up over 3 % of the steps. Not reproduced: the sign of the official code,
-        which adds Ḡ where the paper subtracts it; here the loss drops at the start.
+        everything else (LoRA+). You have to add: ``use_rslora=True`` in the LoraConfig, adapters on the four attention
+        projections only, float32, and a warm-up over 3 % of the steps. Not reproduced: the sign of the official code,
+        which adds Ḡ where the paper subtracts it; here the loss falls at the start.
 
         Args:
             params: as for the class.
             delegate_lr: learning rate of A; published: 2e-5 to 5e-5.
-            loraplus_ratio: that of B over that of A.
-            overrides: arguments of the class instead of these.
+            loraplus_ratio: learning rate of B divided by that of A.
+            overrides: arguments of the class that replace these.
         """
         then = functools.partial(handover.loraplus, lr=delegate_lr, ratio=loraplus_ratio)
         settings: dict[str, Any] = {
@@ -172,19 +183,19 @@ class GoRAInit(PairedOptimizer):
     def plan_only(
         cls, model: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any], **settings: Any
     ) -> RankPlan:
-        """Return the ranks that a calibration would give, with the spectra behind them; the model stays as it is.
+        """Return the ranks that a calibration would choose, and the spectra behind them, without changing the model.
 
         Forward and backward passes run on ``model`` in its present mode. Gradients, buffers and torch's random state
-        are put back, and B need not be zero: Ḡ is then the gradient at the weights as adapted so far.
+        are restored afterwards. B need not be zero: Ḡ is then the gradient at the weights as adapted so far.
 
         Args:
-            model: with adapters; it need not be fresh.
+            model: a model with adapters, trained or not.
             loss: returns the 0-d loss of a batch.
-            batches: at least two; the first measures R_x and R_g alone.
+            batches: at least two; the first is used for R_x and R_g only.
             settings: arguments of the class; not ``then``, ``calibration_steps``, or ``importance="grad_b"``.
 
         Returns:
-            The plan: print it, or look at ``plan.rows()``, ``plan.gain()`` and ``plan.gain(other_ranks)``.
+            The plan: print it, or use ``plan.rows()``, ``plan.gain()`` and ``plan.gain(other_ranks)``.
 
         Raises:
             ValueError: a setting out of range, or fewer than two batches with finite gradients.
@@ -217,17 +228,17 @@ class GoRAInit(PairedOptimizer):
 
     @property
     def ready(self) -> bool:
-        """Whether the adapters have their ranks and their start."""
+        """Whether the adapters have their final ranks and initial weights."""
         return self._plan is not None
 
     @property
     def plan(self) -> RankPlan | None:
-        """Ranks, importances, budget and what of it is spent; None until `ready`."""
+        """Ranks, importances, budget and how much of it is used; None until `ready`."""
         return self._plan
 
     @property
     def delegate(self) -> torch.optim.Optimizer | None:
-        """The optimizer that ``then`` made; None until `ready`, or without ``then``."""
+        """The optimizer that ``then`` returned; None until `ready`, or without ``then``."""
         return self._delegate
 
     def ranks(self) -> dict[str, int]:
@@ -249,7 +260,7 @@ class GoRAInit(PairedOptimizer):
     # ------------------------------------------------------------------ the step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Calibrate, or let the delegate step; returns what ``closure`` returned, if given."""
+        """Calibrate, or call the delegate's ``step``; returns what ``closure`` returned, if given."""
         if self.ready:
             if self._delegate is not None:
                 self._passed = handover.pass_on(self._delegate, self, self._passed)

@@ -1,6 +1,6 @@
 """How many bytes one process gives to collectives: the table of `curvopt.distributed`, counted for one optimizer."""
 
-from curvopt.distributed import Shards, world_size
+from curvopt.distributed import Shards, local, world_size
 from curvopt.functional.update import RULES
 from curvopt.lora import LoraPair
 from curvopt.optim.bucket import Block, BucketedOptimizer
@@ -38,7 +38,7 @@ def bytes_sent(optimizer: BucketedOptimizer) -> dict[str, int]:
                 # whether the basis means anything to layers that are not known: r×r products, and A whole for them
                 asked = sum(not side.pair.plain for side in block.sides)
                 sent["reprojection"] += asked * r * r * b + (there * held if asked else 0)
-    if world_size(getattr(optimizer, "_process_group", None)) > 1:
+    if world_size(getattr(optimizer, "join_process_group", None)) > 1:
         sent["statistics"] += sum(observed.values())
     return sent
 
@@ -47,9 +47,10 @@ def _ways(block: Block, shards: Shards) -> tuple[int, int]:
     """Return how many numbers of a block leave this process on the way to the layout of the state, and back."""
     if not shards.sharded_on_rank:
         return 0, 0
+    assert shards.split is not None and shards.work is not None
     side = block.sides[0]
-    piece, whole = side.param.to_local(), shards.shape
-    mine, width = piece.shape[shards.split], shards.work_shape[shards.work]  # type: ignore[index]
-    rest = side.param.numel() // (whole[shards.split] * whole[shards.work])  # type: ignore[index]
+    piece, whole = local(side.param), shards.shape
+    mine, width = piece.shape[shards.split], shards.work_shape[shards.work]
+    rest = side.param.numel() // (whole[shards.split] * whole[shards.work])
     numbers = len(block.sides) * rest
-    return numbers * mine * (whole[shards.work] - width), numbers * width * (whole[shards.split] - mine)  # type: ignore[index]
+    return numbers * mine * (whole[shards.work] - width), numbers * width * (whole[shards.split] - mine)

@@ -167,7 +167,7 @@ class Curvature:
     # ------------------------------------------------------------------ matrices
 
     def refresh(self, bucket: Bucket, found_inf: Tensor) -> None:
-        """Make the rule's matrices anew, M ← f(Ŝ + λI); moments that live in a basis turn with it."""
+        """Recompute the rule's matrices, M ← f(Ŝ + λI); moments kept in a basis are rotated with it."""
         rule = rule_of(bucket)
         assert rule.key is not None
         old = bucket.state[rule.key]
@@ -306,12 +306,12 @@ def _column(numbers: Any, device: torch.device) -> Tensor:
     if isinstance(numbers, Tensor):
         return numbers.to(device, torch.float64)
     pieces = []
-    for number, run in itertools.groupby(numbers, lambda n: (id(n),) if isinstance(n, Tensor) else n):
+    for _, run in itertools.groupby(numbers, lambda n: (id(n),) if isinstance(n, Tensor) else n):
         first, *others = run
         if isinstance(first, Tensor):
             pieces.append(first.to(device, torch.float64).expand(1 + len(others)))
         else:
-            pieces.append(torch.full((1 + len(others),), number, dtype=torch.float64, device=device))
+            pieces.append(torch.full((1 + len(others),), first, dtype=torch.float64, device=device))
     return torch.cat(pieces)
 
 

@@ -16,6 +16,7 @@ from curvopt.optim.base import PairedOptimizer, Side
 from curvopt.optim.bucket import BucketedOptimizer
 from curvopt.optim.grit.communication import bytes_sent
 from curvopt.optim.grit.curvature import source_of
+from curvopt.optim.grit.factors import PairFactors, rank_factors
 
 
 def live_rank(optimizer: PairedOptimizer, pair: LoraPair) -> int:
@@ -43,7 +44,7 @@ def diagnose(optimizer: BucketedOptimizer, entangled: Callable[[LoraPair], str])
     ``fallbacks`` (ops that CUDA tensors had to take from the reference),
     ``silent`` (pairs whose hook never fired though they had gradients), ``idle`` (pairs that never had a gradient),
     ``skipped_layers`` (layers that look like adapters but are not plain pairs, with the reason), ``bytes_sent`` (to
-    other processes by this one, by occasion; see `traffic.bytes_sent`), and ``pairs``: by name
+    other processes by this one, by occasion; see `communication.bytes_sent`), and ``pairs``: by name
 
     - ``rank``, ``full_rank``: live directions and rank of the tensors; ``kept``: GRIT's published projection's k;
     - ``statistics``: what it is observed by, ``note``: why not by activations, and why the pair keeps its basis and
@@ -61,6 +62,7 @@ def diagnose(optimizer: BucketedOptimizer, entangled: Callable[[LoraPair], str])
     known = {pair: [s for s in sides if "rank" in optimizer.state.get(s.param, {})] for pair, sides in by_pair.items()}
     silent = [p.name for p, s in known.items() if s and p.signal is not None and _unseen(optimizer, s)]
     model = optimizer.model
+    factors = rank_factors(optimizer)
     return {
         "steps": steps_of(optimizer),
         "skipped_updates": int(max(skipped, default=0)),
@@ -70,7 +72,10 @@ def diagnose(optimizer: BucketedOptimizer, entangled: Callable[[LoraPair], str])
         "idle": [p.name for p, sides in known.items() if not sides],
         "bytes_sent": bytes_sent(optimizer),
         "skipped_layers": [] if model is None else find_skipped(model),
-        "pairs": {pair.name: _pair(optimizer, pair, sides, entangled(pair)) for pair, sides in known.items()},
+        "pairs": {
+            pair.name: _pair(optimizer, pair, sides, factors.get(pair.name), entangled(pair))
+            for pair, sides in known.items()
+        },
     }
 
 
@@ -84,7 +89,9 @@ def steps_of(optimizer: PairedOptimizer) -> int:
     return int(max((float(s["cadence"][0]) for s in optimizer.state.values() if "cadence" in s), default=0))
 
 
-def _pair(optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side], entangled: str) -> dict[str, Any]:
+def _pair(
+    optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side], factors: PairFactors | None, entangled: str
+) -> dict[str, Any]:
     states = {s.name: optimizer.state[s.param] for s in sides}
     out: dict[str, Any] = {"rank": live_rank(optimizer, pair), "full_rank": pair.rank}
     out["note"] = "; ".join(filter(None, (pair.note, entangled)))
@@ -94,15 +101,15 @@ def _pair(optimizer: PairedOptimizer, pair: LoraPair, sides: list[Side], entangl
     out["statistics"] = source_of(sides[0]).name
     out["kept"] = [int(s["kept"]) for s in states.values() if "kept" in s][:1]
     out["outer"] = {name: _share(s) for name, s in states.items() if "outer_trace" in s}
-    if source_of(sides[0]).observe is None:
+    if factors is None:
         return out
     out["rows"] = max(float(s["rows"]) for s in states.values())
     k = torch.tensor([out["rank"]])
+    S = {word: F[None].cpu() for word, F in zip("ud", factors, strict=True) if F is not None}
     for side in sides:
-        out[side.name] = _factor(states[side.name]["factor"].cpu()[None], float(group["damping"]), k, group["update"])
-    if len(sides) == 2:
-        factors = {s.moment(): states[s.name]["factor"].cpu()[None] for s in sides}
-        sigma2 = balanced(factors["u"], factors["d"], k=k).sigma.square()
+        out[side.name] = describe_factor(S[side.moment()], float(group["damping"]), k, group["update"])
+    if len(S) == 2:
+        sigma2 = balanced(S["u"], S["d"], k=k).sigma.square()
         total = sigma2.sum()
         out["energy"] = (sigma2 / total if total > 0 else sigma2)[0, : out["rank"]].tolist()
         out["effective_rank"] = float(entropy_rank(sigma2)[0])
@@ -115,8 +122,15 @@ def _share(state: dict[str, Any]) -> float:
     return float(state["outer_eigenvalues"].sum()) / trace if trace > 0 else 0.0
 
 
-def _factor(S: Tensor, damping: float, k: Tensor, rule: str) -> dict[str, Any]:
-    """Describe one factor ``[1, r, r]`` on its live block."""
+def describe_factor(S: Tensor, damping: float, k: Tensor, rule: str) -> dict[str, Any]:
+    """Return ``condition``, ``scalar_distance`` and ``failed`` of one factor ``[1, r, r]`` on its live block.
+
+    Args:
+        S: the factor, on the CPU.
+        damping: λ.
+        k: ``[1]`` live rank.
+        rule: name of the update rule, which decides what of the factor acts.
+    """
     if bool(empty(S)) or bool(broken(S)):
         return {"condition": 1.0, "scalar_distance": 0.0, "failed": bool(broken(S))}
     n = int(k)

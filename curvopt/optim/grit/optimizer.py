@@ -1,11 +1,13 @@
-"""GritKFAC: AdamW for LoRA with K-FAC's factors on both sides, reprojection and a rank that follows the spectrum."""
+"""GritKFAC: AdamW for LoRA, preconditioned by K-FAC's factors; ranks can follow the spectrum."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from curvopt.functional.update import RULES, Slab
 from curvopt.lora import LoraPair, resize_pair
@@ -14,6 +16,7 @@ from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
 from curvopt.optim.grit import diagnostics, outer, reproject, settings
 from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
+from curvopt.optim.grit.factors import OuterFactor, PairFactors, outer_factors, rank_factors
 
 T = TypeVar("T", bound="GritKFAC")
 
@@ -21,66 +24,63 @@ T = TypeVar("T", bound="GritKFAC")
 class GritKFAC(BucketedOptimizer):
     r"""AdamW for LoRA, preconditioned by K-FAC's factors at the cost of the adapter (after GRIT, arXiv 2601.00231).
 
-    K-FAC gives each LoRA matrix two factors. The *outer* one is as wide as the layer; ``outer_rank`` of its directions
-    are followed, from the gradients alone, and precondition them before Adam sees them. Then Adam's step is given equal
-    singular values, at its own length (``update="polar"``). That is the default, and needs no hooks. The *rank-side*
-    factors S_u and S_d, r×r, are what GRIT uses: the other rules precondition by them, and reprojection orders the
-    directions of the adapter by them. They are observed where something reads them.
+    K-FAC gives each LoRA matrix two factors. The *outer* factor is as wide as the layer. ``outer_rank`` of its
+    directions are tracked, from the gradients alone, and precondition the gradients before Adam uses them. The singular
+    values of Adam's step are then made equal, and its length is kept (``update="polar"``). This is the default, and
+    needs no hooks. The *rank-side* factors S_u and S_d, r×r, are those that GRIT uses: the other update rules
+    precondition with them, and reprojection sorts the directions of the adapter by them. They are collected only if
+    something uses them.
 
     .. code-block:: text
 
         every step, for each pair (A, B) with u = x Aᵀ and d = ∂L/∂u:
-            S ← EMA of ∇Aᵀ∇A (of ∇B ∇Bᵀ for B),  ∇ ← ∇ S̃^(-1/2)           if outer_rank (curvopt.functional.outer)
-            S_u ← EMA of uᵀu/N,  S_d ← EMA of N dᵀd                        every factor_every steps
-            M_A, M_B ← eigenbasis / inverse / root of S_d, S_u             every inverse_every steps
-            A ← A (1 − lr·wd) + Adam seen through M_A of ∇A,  B likewise   (curvopt.functional.update)
-            change basis, decide the rank k, set directions ≥ k to zero    every reproject_every steps
+            S ← EMA of ∇Aᵀ∇A (∇B ∇Bᵀ for B),  ∇ ← ∇ S̃^(-1/2)       outer factors, if outer_rank > 0
+            S_u ← EMA of uᵀu/N,  S_d ← EMA of N dᵀd                 every factor_every steps
+            M_A, M_B ← eigenbasis / inverse / root of S_d, S_u      every inverse_every steps
+            A ← A (1 − lr·wd) + Adam's step, preconditioned by M_A; B likewise
+            change basis, choose the rank k, zero directions ≥ k    every reproject_every steps
+
+    The formulas are in `curvopt.functional.outer` and `curvopt.functional.update`.
 
     Args:
-        params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`. Only with a
-            module can activations be observed; named parameters use gradient statistics.
-        lr: learning rate, ≥ 0; a 0-d tensor is allowed.
-        betas: decay of Adam's moments, in [0, 1). The default suits runs of some hundred steps; (0.9, 0.999) is as good
-            in long ones.
+        params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`. Activations can be
+            observed only if a module is given; named parameters use gradient statistics.
+        lr: learning rate, ≥ 0; a one-element tensor is allowed.
+        betas: decay of Adam's moments, in [0, 1). The default suits runs of a few hundred steps; (0.9, 0.999) is as
+            good in long ones.
         eps: Adam's ε.
         weight_decay: decoupled decay (AdamW).
-        statistics: ``"activation"`` (K-FAC, by one hook per pair), ``"gradient"`` (Shampoo on the rank side, no hook),
-            ``"weight"`` (A Aᵀ and BᵀB now: Riemannian preconditioned LoRA, arXiv 2402.02347), or ``"none"``: neither
-            factors nor hooks; only ``"polar"`` takes it, and equalises the singular values of Adam's step. Under
-            DP-SGD activations bypass the noise: use ``"gradient"`` or ``"weight"`` there.
-        sides: ``"kfac"``: S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
-            ``"paper"``: the other way round, as GRIT publishes it.
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
-            The moments live in the rule's coordinates, so it stays what it was at the first step.
-        outer_rank: k ≥ 0, directions of the outer factors that are kept, at most the width of a matrix; 0 for none.
-            Each costs one number per column of A and row of B: k = r makes AdamW's state half as large again.
-        damping: λ > 0, relative to the mean eigenvalue: of the outer factors, of the r×r factors and, under
-            ``"polar"``, of the step's own Gram matrix; a 0-d tensor is allowed.
-        factor_decay: EMA decay β in [0, 1], bias-corrected; 1 is GRIT's running mean that never forgets.
-        factor_every: steps between observations; the hooks are idle in between.
-        inverse_every: steps between new matrices.
-        warmup_steps: plain AdamW for so many steps while the factors fill.
-        reprojection: ``"balanced"`` (ours: leaves ΔW alone and orders directions by energy), GRIT's ``"paper"``
-            (two-sided) or ``"paper-one-sided"``, or None.
+            The moments are kept in the rule's coordinates, so it cannot be changed after the first step.
+        statistics: where S_u and S_d come from. ``"auto"``: ``"activation"`` if the update rule or a reprojection uses
+            them, else ``"none"``. ``"activation"``: K-FAC, by one hook per pair. ``"gradient"``: Shampoo on the rank
+            side, no hook. ``"weight"``: the present A Aᵀ and BᵀB, as in Riemannian preconditioned LoRA (arXiv
+            2402.02347). ``"none"``: no factors and no hooks; possible with ``"polar"`` only. With DP-SGD, activations
+            bypass the noise: use ``"gradient"`` or ``"weight"``.
+        outer_rank: k ≥ 0, number of directions of the outer factors that are kept, at most the width of a matrix; 0
+            for none. Each takes one number per column of A and row of B: k = r makes the state 1.5 times AdamW's. It
+            cannot be changed after the first step.
+        damping: λ > 0, relative to the mean eigenvalue: of the outer factors, of the r×r factors and, for ``"polar"``,
+            of the Gram matrix of the step; a 0-d tensor is allowed.
         reproject_every: steps between reprojections; 0 for never; None: 25 with a ``rank_threshold``, else never.
-        rank_threshold: τ in (0, 1]: keep the fewest directions with a share τ of the energy; None keeps all.
-        min_rank: never fewer directions than this; at most the rank of every pair.
-        adapter: only this adapter's pairs; None for all.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``; see `curvopt.ops`.
-        require_pairs: raise when no pair is found; otherwise everything gets AdamW.
-        maximize: ascend.
+        rank_threshold: τ in (0, 1]: keep the smallest number of directions with a share τ of the energy; None keeps
+            all.
+        min_rank: keep at least so many directions; at most the rank of every pair.
+        maximize: maximise the loss.
         capturable: steps may be captured in a CUDA graph, after one or more eager ones and with gradients that stay in
-            place. A replay repeats what the captured step did: give ``lr`` (and ``damping``) as tensors, and capture a
-            step with matrices and one without, or take both cadences as 1. Reprojection needs eager steps.
-        process_group: processes to sum the statistics over; None for the default group, if there is one.
+            place. A replay repeats what the captured step did: pass ``lr`` (and ``damping``) as tensors, and capture a
+            step with new matrices and one without, or set both cadences to 1. Reprojection needs eager steps.
         model: the module to search when ``params`` are groups of tensors.
+        advanced: keywords that most runs leave alone: cadences and decay of the factors, the kind of reprojection,
+            adapter, backend, process group; see `curvopt.optim.grit.AdvancedSettings`.
 
     A step with non-finite gradients changes nothing and is counted; see `diagnostics`. Cadences count the steps in
-    which a pair has gradients, such ones included, and what a skipped step should have done stays due. A GradScaler's
-    scale stays in S_d, and cancels in all that is made of it until it changes. Adapters in float16 are refused.
+    which a pair has gradients, skipped steps included; periodic work that falls on a skipped step is done at the next
+    one. The scale of a GradScaler remains in S_d, and cancels in everything computed from it until it changes. Adapters
+    in float16 are refused.
 
     Raises:
-        TypeError: see `PairedOptimizer`.
+        TypeError: see `PairedOptimizer`; or an unknown keyword.
         ValueError: no pair, or an argument out of range; the message names argument, value and what is allowed.
     """
 
@@ -95,54 +95,43 @@ class GritKFAC(BucketedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.7, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        statistics: str = "auto",
-        sides: str = "kfac",
-        update: str = "polar",
+        update: settings.Update = "polar",
+        statistics: settings.Statistics = "auto",
         outer_rank: int = 16,
         damping: float | Tensor = 0.1,
-        factor_decay: float = 0.95,
-        factor_every: int = 1,
-        inverse_every: int = 10,
-        warmup_steps: int = 0,
-        reprojection: str | None = "balanced",
         reproject_every: int | None = None,
         rank_threshold: float | None = None,
-        min_rank: int = settings.MIN_RANK,
-        adapter: str | None = None,
-        backend: str = "auto",
-        require_pairs: bool = True,
+        min_rank: int = 4,
         maximize: bool = False,
         capturable: bool = False,
-        process_group: dist.ProcessGroup | None = None,
         model: nn.Module | None = None,
+        **advanced: Unpack[settings.AdvancedSettings],
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "capturable": capturable, "statistics": statistics, "sides": sides, "update": update,
-            "outer_rank": outer_rank,
-            "damping": damping, "factor_decay": factor_decay, "factor_every": factor_every,
-            "inverse_every": inverse_every, "warmup_steps": warmup_steps, "reprojection": reprojection,
-            "reproject_every": reproject_every, "rank_threshold": rank_threshold, "min_rank": min_rank,
+            "capturable": capturable, "statistics": statistics, "update": update, "outer_rank": outer_rank,
+            "damping": damping, "reproject_every": reproject_every, "rank_threshold": rank_threshold,
+            "min_rank": min_rank,
         }  # fmt: skip
-        self._process_group = process_group
-        super().__init__(
-            params, defaults, model=model, adapter=adapter, backend=backend, require_pairs=require_pairs
-        )  # fmt: skip
+        others = settings.with_defaults(advanced, [*defaults, "model"])
+        self._process_group = others.pop("process_group")
+        search = {name: others.pop(name) for name in ("adapter", "backend", "require_pairs")}
+        super().__init__(params, defaults | others, model=model, **search)
 
     @classmethod
-    def paper(cls: type[T], params: Any, lr: float = 2e-5, **overrides: Any) -> T:
+    def paper(cls: type[T], params: ParamsT | nn.Module, lr: float | Tensor = 2e-5, **overrides: Any) -> T:
         """Return an optimizer with GRIT's published settings (its code's defaults), for reproduction.
 
         Statistics every 15 steps in a running mean, inverses and two-sided reprojection every 50, λ = 1e-3,
-        τ = 0.99, at least 4 directions, Adam on the preconditioned gradient, swapped sides. Two published traits are
-        not reproduced, because they switch the method off: fp16 factors, and damping relative to nothing (λ here is
-        relative to the mean eigenvalue). The two small loss penalties of the published code are not part of a step.
+        τ = 0.99, at least 4 directions, Adam on the preconditioned gradient, swapped sides. Two published choices are
+        not reproduced, because they disable the method: fp16 factors, and absolute damping (λ is relative to the mean
+        eigenvalue here). The two small loss penalties of the published code are not part of a step.
         """
         published = {
             "sides": "paper", "update": "adam", "damping": 1e-3, "factor_decay": 1.0, "factor_every": 15,
@@ -226,15 +215,15 @@ class GritKFAC(BucketedOptimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def compact(self) -> dict[str, int]:
-        """Slice every pair and its state to its live rank for good, and return the ranks by name.
+        """Resize every pair and its state to its live rank, permanently, and return the ranks by name.
 
-        ΔW is unchanged: what is cut is exactly zero, and nothing is cut of a pair whose weights were put back from
-        outside with more directions than its mask has. Parameters keep their identity, with new ``.data`` and no
-        ``.grad``; wrappers that hold views of them (DDP, FSDP) must be built anew. PEFT's r, scaling, rank_pattern
-        and alpha_pattern are kept true, so the model saves and loads as usual.
+        ΔW is unchanged: the removed directions are exactly zero. Nothing is removed from a pair whose weights were
+        restored from outside with more directions than its mask has. Parameters keep their identity, with new ``.data``
+        and no ``.grad``; wrappers that hold views of them (DDP, FSDP) must be rebuilt. PEFT's r, scaling, rank_pattern
+        and alpha_pattern are updated, so the model saves and loads as usual.
 
         Raises:
-            ValueError: a pair cannot be resized, for instance because it is sharded; nothing has changed then.
+            ValueError: a pair cannot be resized, for instance because it is sharded; nothing has been changed then.
         """
         live = self.ranks()
         smaller = [pair for pair in self._pairs if live[pair.name] != pair.rank]
@@ -251,24 +240,54 @@ class GritKFAC(BucketedOptimizer):
             self._index_pairs()
         return self.ranks()
 
+    @torch.no_grad()
+    def factors(self) -> dict[str, PairFactors]:
+        """Return copies of the rank-side factors, by pair name: ``S_u, S_d = optimizer.factors()[name]``.
+
+        Empty until the first step, and where nothing reads them, so that none are kept: with ``"polar"`` and without
+        reprojection, unless ``statistics`` asks for them.
+
+        Returns:
+            By pair name ``(S_u, S_d)``, each ``(r, r)`` in float32 (float64 for float64 adapters); None for one that no
+            trained side of the pair is preconditioned by. Directions that have been masked are zero.
+        """
+        return rank_factors(self)
+
+    @torch.no_grad()
+    def outer_factors(self) -> dict[str, dict[str, OuterFactor]]:
+        """Return copies of the outer factors, by pair name and side: ``optimizer.outer_factors()[name]["A"].basis``.
+
+        Empty until the first step, and with ``outer_rank=0``. Bases of sharded parameters are gathered: every process
+        must call this then.
+        """
+        return outer_factors(self)
+
     def diagnostics(self) -> dict[str, Any]:
-        """Return what the optimizer knows of itself; reads the device. Keys are described in `diagnostics.diagnose`."""
+        """Return a report in plain Python types; synchronises with the device.
+
+        Keys: ``steps``, ``skipped_updates`` (how many of the steps changed nothing), ``backend``, ``fallbacks`` (ops
+        computed by the reference for CUDA tensors), ``silent`` (pairs with gradients whose hook never fired), ``idle``
+        (pairs that never had a gradient), ``skipped_layers`` (layers that look like adapters but are not plain pairs,
+        with the reason), ``bytes_sent`` (by this process, by occasion), and ``pairs``: for each, ``rank``,
+        ``full_rank``, ``statistics``, ``note``, ``rows``, ``energy``, ``effective_rank``, ``outer``, and for ``A`` and
+        ``B`` the ``condition``, ``scalar_distance`` and ``failed`` of the rank-side factor.
+        """
         return diagnostics.diagnose(self, self.entangled)
 
     def mask_rows(self, mask: Tensor | None) -> None:
-        """Say which rows of the coming forward passes are real, so that padding enters neither the sums nor N.
+        """Mark the real rows of the following forward passes, so that padding is excluded from the sums and from N.
 
-        Call it before each forward, or from a forward pre-hook of the model; it holds until the next ``step`` or
-        ``zero_grad``. Layers that see another number of rows count all of theirs.
+        Call it before each forward pass, or from a forward pre-hook of the model; it applies until the next ``step`` or
+        ``zero_grad``. Layers with another number of rows count all of theirs.
 
         Args:
-            mask: as many numbers as the layers see rows (the attention mask ``(batch, length)``, say), 1 for a real
-                row and 0 for padding; weights between are allowed. None for all rows.
+            mask: one number per row of the layers' input, for example the attention mask ``(batch, length)``: 1 for a
+                real row and 0 for padding; values in between are weights. None for all rows.
         """
         self._curvature.capture.mask = None if mask is None else mask.reshape(-1).float()
 
     def entangled(self, pair: LoraPair) -> str:
-        """Return why a pair keeps its basis and its rank; empty if it does not. Reads the device."""
+        """Return why a pair keeps its basis and its rank; empty if it does not. Synchronises with the device."""
         found = self._curvature.entangled.get(pair)
         if pair.shared or found is None or not found:
             return pair.shared
@@ -276,26 +295,26 @@ class GritKFAC(BucketedOptimizer):
 
     @property
     def watching(self) -> bool:
-        """Whether hooks of this optimizer are on the model."""
+        """Whether hooks of this optimizer are registered on the model."""
         return self._curvature.capture.attached
 
     def remove_hooks(self) -> None:
-        """Remove the hooks from the model. Factors then stay as they are; the optimizer goes on working."""
+        """Remove the hooks from the model. The factors are no longer updated; the optimizer continues to work."""
         self._curvature.capture.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients as torch does, and forget what backward passes since the last step have shown."""
+        """Reset gradients as torch does, and discard the statistics of the backward passes since the last step."""
         self._curvature.capture.discard()
         super().zero_grad(set_to_none)
 
     # ------------------------------------------------------------------ uneven numbers of batches
 
     def join_hook(self, **kwargs: Any) -> Any:
-        """Return what ``torch.distributed.algorithms.join.Join([model, optimizer])`` runs where batches have run out.
+        """Return the hook for ``torch.distributed.algorithms.join.Join([model, optimizer])``, for uneven batches.
 
-        ``model.join()`` of DistributedDataParallel knows nothing of the sums that a step with activation statistics
-        makes over processes; ``Join`` with both does. In the end every process has the weights and the state of one
-        that had most batches.
+        ``model.join()`` of DistributedDataParallel does not cover the all-reduces of a step with activation statistics;
+        ``Join`` with both does. At the end every process has the weights and the state of one of the processes with the
+        most batches.
 
         Raises:
             ValueError: parameters are sharded.
@@ -314,7 +333,7 @@ class GritKFAC(BucketedOptimizer):
 
     @property
     def join_process_group(self) -> Any:
-        """The processes that statistics are summed over."""
+        """The processes over which statistics are summed."""
         return dist.group.WORLD if self._process_group is None else self._process_group
 
     def _joining(self, found_inf: dict[torch.device, Tensor] | None) -> None:
@@ -322,9 +341,9 @@ class GritKFAC(BucketedOptimizer):
         if self._join_config is None:
             return
         if found_inf is None:
-            from torch.distributed.algorithms.join import Join
+            from torch.distributed.algorithms.join import Join, Joinable
 
-            Join.notify_join_context(self)
+            Join.notify_join_context(cast(Joinable, self))  # the protocol is by attributes
             return
         for flag in found_inf.values():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._process_group)

@@ -1,5 +1,7 @@
 """The outer factors of GritKFAC's buckets: state, and the preconditioning of a step's gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ def outer_rank(side: Side) -> int:
 
 def small_state(side: Side) -> dict[str, Tensor]:
     """Return prototypes of the eigenvalues μ ``(k,)`` and of the trace of a side's outer factor."""
-    k, like = outer_rank(side), {"dtype": compute_dtype(side.param.dtype), "device": side.param.device}
+    k = outer_rank(side)
+    like: dict[str, Any] = {"dtype": compute_dtype(side.param.dtype), "device": side.param.device}
     return {"outer_eigenvalues": torch.zeros(k, **like), "outer_trace": torch.zeros((), **like)} if k else {}
 
 

@@ -134,7 +134,7 @@ def _transform(
         old = state[rule.key].to(wide)
         new = torch.where(found_inf == 0, curvature.made(bucket).to(wide), old)
     bucket.transform("moments", rule.carried(new, old, M_grad), k, found_inf)
-    if rule.key is not None:
+    if rule.key is not None and new is not None:
         state[rule.key].copy_(new)
 
 

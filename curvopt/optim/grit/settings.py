@@ -1,20 +1,93 @@
 """What GritKFAC's hyper-parameters may be, group by group and pair by pair."""
 
-from collections.abc import Sequence
-from typing import Any
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch.distributed as dist
+from typing_extensions import TypedDict
 
 from curvopt.functional.update import RULES
+from curvopt.ops import Backend
 from curvopt.optim.base import Side
 from curvopt.optim.checking import check, is_number, is_whole
 from curvopt.optim.grit.curvature import SOURCES
 
-SIDES = ("kfac", "paper")
-REPROJECTIONS = ("balanced", "paper", "paper-one-sided", None)
+# the choices, for editors and type checkers; the registries of rules and sources decide at run time
+Update = Literal["polar", "eigen", "adam", "whiten", "momentum"]
+Statistics = Literal["auto", "activation", "gradient", "weight", "none"]
+Sides = Literal["kfac", "paper"]
+Reprojection = Literal["balanced", "paper", "paper-one-sided"]
+
+SIDES = get_args(Sides)
+REPROJECTIONS = (*get_args(Reprojection), None)
 MIN_RANK = 4
 
 # what the groups that hold a pair's A and B must agree on
 SHARED = ("outer_rank", "sides", "update", "damping", "factor_decay", "factor_every", "inverse_every",
           "warmup_steps", "reprojection", "reproject_every", "rank_threshold", "min_rank", "statistics")  # fmt: skip
+
+
+class AdvancedSettings(TypedDict, total=False):
+    """Keyword arguments of `GritKFAC` that most runs leave alone.
+
+    They are passed like any other keyword. Those up to ``reprojection`` are param-group settings, as ``lr`` is; the
+    others are given once.
+
+    Attributes:
+        sides: ``"kfac"`` (default): S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
+            ``"paper"``: the other way round, as GRIT publishes it.
+        factor_decay: EMA decay β of the factors, in [0, 1], bias-corrected; 1 is GRIT's running mean, which never
+            forgets. Default 0.95.
+        factor_every: steps between two observations of S_u and S_d, ≥ 1; the hooks are idle in between. Default 1.
+        inverse_every: steps between two computations of the eigenbases, inverses or roots of S_u and S_d, ≥ 1.
+            Default 10.
+        warmup_steps: number of plain AdamW steps at the start, while the factors fill. Default 0.
+        reprojection: ``"balanced"`` (default, our derivation): leaves ΔW unchanged and orders the directions by
+            energy; ``"paper"`` (two-sided) and ``"paper-one-sided"``: GRIT's projections; None: none.
+        adapter: name of the PEFT adapter whose pairs are trained; None (default) for all.
+        backend: ``"auto"`` (default), ``"torch"`` or ``"triton"``; see `curvopt.ops`.
+        require_pairs: True (default): raise if no pair is found. False: everything then gets AdamW.
+        process_group: the processes to sum statistics over; None (default): the default group, if there is one.
+    """
+
+    sides: Sides
+    factor_decay: float
+    factor_every: int
+    inverse_every: int
+    warmup_steps: int
+    reprojection: Reprojection | None
+    adapter: str | None
+    backend: Backend
+    require_pairs: bool
+    process_group: dist.ProcessGroup | None
+
+
+ADVANCED: AdvancedSettings = {
+    "sides": "kfac",
+    "factor_decay": 0.95,
+    "factor_every": 1,
+    "inverse_every": 10,
+    "warmup_steps": 0,
+    "reprojection": "balanced",
+    "adapter": None,
+    "backend": "auto",
+    "require_pairs": True,
+    "process_group": None,
+}
+
+
+def with_defaults(advanced: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]:
+    """Return all advanced settings, those that were not given at their defaults.
+
+    Raises:
+        TypeError: an argument that `GritKFAC` does not have; ``others`` are the names in its signature.
+    """
+    for name in advanced.keys() - ADVANCED.keys():
+        near = difflib.get_close_matches(name, [*ADVANCED, *others], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"GritKFAC got an unexpected keyword argument {name!r}{hint}")
+    return {**ADVANCED, **advanced}
 
 
 # steps between reprojections where a threshold of the rank asks for them and nobody says how many
@@ -57,7 +130,7 @@ def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None
     """Raise a ValueError if a group was edited after a step in what its state was made for."""
     for name in ("update", "sides", "statistics", "outer_rank"):
         same = not stepped or before[name] == g[name]
-        check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state is made for it")
+        check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state depends on it")
 
 
 def check_pairs(sides: Sequence[Side]) -> None:

@@ -59,7 +59,7 @@ class SampleMasks:
         weakref.finalize(self, _remove_all, self._handles)
 
     def attach(self) -> None:
-        """Put the hooks on; modules and parameters that were replaced since the last call are hooked anew."""
+        """Register the hooks; modules and parameters replaced since the last call are hooked again."""
         for pair, record in self._records.items() if self.enabled else ():
             counted = pair.A if pair.a_trainable else pair.B
             now = (pair.signal, counted)
@@ -78,7 +78,7 @@ class SampleMasks:
         return bool(self._handles)
 
     def remove(self) -> None:
-        """Take the hooks off for good."""
+        """Remove the hooks permanently."""
         self.enabled = False
         for pair in list(self._hooked):
             self._unhook(pair)

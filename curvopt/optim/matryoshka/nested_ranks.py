@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from curvopt.lora import LoraPair
 from curvopt.optim.base import PairedOptimizer, Side
 from curvopt.optim.checking import check, is_whole
 
-NESTINGS = ("matryoshka", "dylora", "lora", "stratified")
+Nesting = Literal["matryoshka", "dylora", "lora", "stratified"]
+NESTINGS = get_args(Nesting)
 # what the groups that hold a pair's A and B must agree on
 SHARED = ("ranks", "scale", "nesting", "full_share", "warmup_steps", "reorder_every")
 
@@ -126,6 +127,7 @@ def check_group(g: dict[str, Any]) -> None:
     whole = listed and all(is_whole(k) and k >= 1 for k in ranks)
     ascending = whole and all(a < b for a, b in itertools.pairwise(ranks))
     check("ranks", ranks, ranks is None or ascending, "None or ascending integers ≥ 1")
+    g["ranks"] = None if ranks is None else tuple(ranks)  # a list could be changed in place, unseen
     share = g["full_share"]
     number = isinstance(share, (int, float)) and not isinstance(share, bool)
     check("full_share", share, number and 0 < share <= 1, "a number in (0, 1]")

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from curvopt.distributed import is_sharded
-from curvopt.functional.nested import RowSlab
+from curvopt.functional.nested import RowSlab, Scale
 from curvopt.lora import LoraPair
+from curvopt.ops import Backend
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer, cadence_of
 from curvopt.optim.checking import check
@@ -32,52 +34,53 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         P_i = Σ s(ρ) over the nested ranks ρ > i,   Q = P / s with s the module's own scaling: s B Ã = B P A
         before a pair's first step, while B = 0:    A ← Q A     (∂L/∂B follows; ΔW stays 0)
         every step:    Ã_i ← Ã_i (1 − lr·wd) − Q_i lr m̂_i / (√v̂_i + ε / Q_i),   B as AdamW
-        dylora:        A is kept in the state and gets AdamW; the module holds P_ρ A for one drawn ρ (rows of A that
-                       are put into the module from outside are taken over at the next step)
-        stratified:    AdamW on (A, B); in training sample i computes s B[:, :ρ_i] A[:ρ_i], and every few steps
-                       A ← T A, B ← B T⁻¹ into the basis of the singular vectors of B A (ours)
+        dylora:        A is kept in the state and updated by AdamW; the module holds P_ρ A for one random ρ (rows of A
+                       that are written into the module from outside are adopted at the next step)
+        stratified:    AdamW on (A, B); in training, sample i uses s B[:, :ρ_i] A[:ρ_i], and every few steps
+                       A ← T A, B ← B T⁻¹ changes to the basis of the singular vectors of B A (ours)
 
-    The forward pass is untouched and the module always computes the trained adapter. An adapter that comes with B ≠ 0
-    is taken as B Ã, so that its ΔW is what it was and a saved one goes on, with its optimizer state or without.
-    Clipping by the global norm before the step is the one thing that a module which computes B P A itself would see
-    otherwise: its ∂L/∂A is Q times ours.
+    The forward pass is unchanged, and the module always computes the trained adapter. An adapter that starts with
+    B ≠ 0 is interpreted as B Ã: its ΔW is kept, and a saved adapter can be trained further, with or without its
+    optimizer state. Clipping by the global norm before the step is the only operation for which a module that computes
+    B P A itself would differ: its ∂L/∂A is Q times ours.
 
-    ``"stratified"`` (our derivation) trains the prefixes of an ordinary adapter. A forward hook on the module of A
-    zeroes the directions of u = A x above the rank of each sample, in training mode alone, as dropout does: evaluation
-    and inference are untouched, `remove_hooks` takes it off. The first dimension of u is the batch: all positions of
-    one sequence share a rank, and in all layers; of a 2-d u (packed tokens, an expert's tokens) each row is a sample, a
-    1-d u is one sample. Ranks are stratified over the samples of a batch, over micro-batches and over the processes of
-    the default group. ΔW and what Adam believes about it are carried through each reordering (second moments by the
-    squares of T, as `functional.basis` has it), in bfloat16 with a rounding of the parameters. Pairs with a frozen side
-    are masked but not reordered. Before a second optimizer is made for a model that goes on training, call
-    `remove_hooks` on the first.
+    ``"stratified"`` (our derivation) trains an ordinary adapter so that its leading directions can be used alone. A
+    forward hook on the module of A zeroes the directions of u = A x above the rank of each sample, in training mode
+    only, as dropout does. Evaluation and inference are not affected; `remove_hooks` removes the hook. The first
+    dimension of u is the batch: all positions of a sequence share a rank, in all layers; in a 2-d u (packed tokens, an
+    expert's tokens) each row is a sample, and a 1-d u is one sample. Ranks are stratified over the samples of a batch,
+    over micro-batches and over the processes of the default group. Each reordering keeps ΔW and transforms Adam's
+    moments (second moments by the squared entries of T, see `curvopt.functional.basis`); in bfloat16 the parameters are
+    rounded once more. Pairs with a frozen side are masked but not reordered. Before you create a second optimizer for a
+    model that is trained further, call `remove_hooks` on the first.
 
     Args:
         params: the model (recommended), named parameters, or param groups; see `PairedOptimizer`.
-        lr: learning rate, ≥ 0; a 0-d tensor is allowed.
+        lr: learning rate, ≥ 0; a one-element tensor is allowed.
         betas: decay of Adam's moments, in [0, 1).
         eps: Adam's ε, as if on A.
         weight_decay: decoupled decay (AdamW).
-        ranks: nested ranks, ascending; those above a pair's r are dropped for it. None: powers of two, and r.
-            Directions above a pair's largest must be zero in its ΔW; they stay so.
+        ranks: nested ranks, ascending; those above a pair's r are ignored for it. None: powers of two, and r.
+            Directions above a pair's largest rank must be zero in its ΔW, and remain zero.
         scale: s(ρ): ``"none"`` 1, ``"rank"`` 1/ρ, ``"sqrt"`` 1/√ρ.
-        nesting: ``"matryoshka"``; ``"dylora"``: one ρ a step, drawn anew after each, skipped ones included
-            (arXiv 2210.07558); ``"lora"``: r alone, P = s(r) I, whatever ``ranks`` says; ``"stratified"``: each sample
-            at a rank of its own. r is then always one of the ranks, and ``scale`` must be ``"none"``.
+        nesting: ``"matryoshka"``; ``"dylora"``: one random ρ per step, skipped steps included (arXiv 2210.07558);
+            ``"lora"``: only r, P = s(r) I, whatever ``ranks`` is; ``"stratified"``: each sample at a rank of its own; r
+            is then always one of the ranks, and ``scale`` must be ``"none"``. It cannot be changed later.
         full_share: stratified: share of the samples at rank r, in (0, 1]; the others are spread evenly over the smaller
-            ranks. Lower favours small ranks: measured in docs/nested.md.
+            ranks. A lower share favours small ranks.
         warmup_steps: stratified: steps before the first masks.
         reorder_every: stratified: steps from one reordering to the next; 0 for none.
-        generator: draws DyLoRA's ρ and the masks, on the CPU; its state travels in ``state_dict``. None: one seeded
-            with 0. All processes must draw alike; their masks differ all the same.
+        generator: a CPU generator for DyLoRA's ρ and for the masks; its state is saved in ``state_dict``. None: one
+            seeded with 0. It must be seeded alike in all processes; their masks differ nevertheless.
         adapter: only this adapter's pairs; None for all.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``; see `curvopt.ops`.
         require_pairs: raise when no pair is found; otherwise everything gets AdamW.
-        maximize: ascend.
+        maximize: maximise the loss.
         model: the module to search when ``params`` are groups of tensors.
 
-    A step with a non-finite gradient changes nothing and is counted (on the CPU gradients are summed to see it, so that
-    a sum above the dtype's range counts as one). ``ranks`` and ``scale`` may be edited: ΔW stays, the rates follow.
+    A step with a non-finite gradient changes nothing and is counted (on the CPU this is detected from the sum of the
+    gradients, so that a sum beyond the dtype's range counts as non-finite). ``ranks`` and ``scale`` may be edited: ΔW
+    is kept, and the learning rates of the rows follow.
 
     Raises:
         TypeError: see `PairedOptimizer`; or ``generator`` is no CPU generator.
@@ -89,21 +92,21 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         ranks: Sequence[int] | None = None,
-        scale: str = "none",
-        nesting: str = "matryoshka",
+        scale: Scale = "none",
+        nesting: nests.Nesting = "matryoshka",
         full_share: float = 0.75,
         warmup_steps: int = 10,
         reorder_every: int = 10,
         generator: torch.Generator | None = None,
         adapter: str | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         require_pairs: bool = True,
         maximize: bool = False,
         model: nn.Module | None = None,
@@ -125,7 +128,9 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns what ``closure`` returned, if given."""
         if self._whole:
-            raise RuntimeError("no step inside of truncated(): the model holds one of its ranks")
+            raise RuntimeError(
+                "step() was called inside truncated(), where the model is cut to one of its ranks; call it outside"
+            )
         loss = self._evaluate(closure)
         buckets, others = self._read()
         for bucket in buckets:
@@ -241,15 +246,15 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
     # ------------------------------------------------------------------ one rank
 
     def truncated(self, rank: int, *, strict: bool = True, keep_P: bool = False) -> AbstractContextManager[None]:
-        """Let the model compute at one rank, s(ρ) B[:, :ρ] A[:ρ], inside the context; afterwards it is what it was.
+        """Return a context in which the model computes at one rank, s(ρ) B[:, :ρ] A[:ρ]; it is restored afterwards.
 
-        A pair whose largest rank is smaller computes at that one. Contexts may be nested: the innermost rank holds.
+        A pair whose largest rank is smaller uses that one. Contexts may be nested: the innermost rank applies.
 
         Args:
             rank: ρ.
-            strict: refuse a rank that was not trained.
-            keep_P: compute B[:, :ρ] (P A)[:ρ] instead, the first directions of what was trained, at full strength.
-                Under DyLoRA the two are one.
+            strict: raise an error for a rank that was not trained.
+            keep_P: compute B[:, :ρ] (P A)[:ρ] instead: the leading directions as they were trained. With DyLoRA there
+                is no difference.
 
         Raises:
             ValueError: the rank is below 1, above every pair's, or was not trained.
@@ -265,11 +270,11 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
 
         Args:
             path: the folder.
-            rank: ρ; a pair whose largest rank is smaller is written at that one.
+            rank: ρ; a pair whose largest rank is smaller is written with that one.
             strict: as in `truncated`.
-            keep_P: likewise.
-            pad_to: as in `curvopt.lora.export_adapter`, for programs that read one rank for all.
-            model: the `PeftModel`; None: the one the optimizer was made from.
+            keep_P: as in `truncated`.
+            pad_to: as in `curvopt.lora.export_adapter`, for programs that support a single rank.
+            model: the `PeftModel`; None: the one the optimizer was created with.
 
         Raises:
             TypeError, ValueError: see `truncated` and `curvopt.lora.export_adapter`.
@@ -285,16 +290,16 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         return {pair.name: nest.ranks for pair, nest in self._nests.items()}
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return plain numbers: skipped updates, ops that fell back, and by pair its ranks, P and scaling."""
+        """Return plain numbers: skipped updates, fallbacks to the reference, and for each pair ranks, P and scaling."""
         return nests.diagnose(self, self._nests)
 
     @property
     def watching(self) -> bool:
-        """Whether hooks of this optimizer are on the model."""
+        """Whether hooks of this optimizer are registered on the model."""
         return self._masks.attached
 
     def remove_hooks(self) -> None:
-        """Remove the hooks of stratified nesting from the model, for good; training goes on without masks."""
+        """Remove the hooks of stratified nesting from the model, permanently; training continues without masks."""
         self._masks.remove()
 
     def release(self) -> None:

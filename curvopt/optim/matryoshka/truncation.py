@@ -17,7 +17,7 @@ def resolve(nests: Mapping[LoraPair, NestedRanks], rank: Any, strict: bool) -> d
     """Return what ``rank`` means for every pair: itself, or the pair's own largest where that is smaller.
 
     Raises:
-        ValueError: it is no rank of any pair, or, if ``strict``, one that was not trained.
+        ValueError: it is not a rank of any pair or, if ``strict``, was not trained.
     """
     whole = is_whole(rank)
     trained = sorted({k for nest in nests.values() for k in nest.ranks})
