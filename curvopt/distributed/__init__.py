@@ -22,7 +22,17 @@ columns; the way back costs the same again, since no process has the whole updat
 """
 
 from curvopt.distributed.collectives import agreed, all_reduce_grams, all_reduce_sums, process_index, world_size
-from curvopt.distributed.shards import Shards, groups_of, is_sharded, local, shards_of
+from curvopt.distributed.shards import (
+    Shards,
+    groups_of,
+    is_sharded,
+    local,
+    placed_like,
+    reshard,
+    shards_of,
+    used_directions,
+    whole,
+)
 
 __all__ = [
     "Shards",
@@ -32,7 +42,11 @@ __all__ = [
     "groups_of",
     "is_sharded",
     "local",
+    "placed_like",
     "process_index",
+    "reshard",
     "shards_of",
+    "used_directions",
+    "whole",
     "world_size",
 ]

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from curvopt.distributed import is_sharded
 from curvopt.lora.cut import Basis, Factors, OrderedPair, Ranks, cut
 from curvopt.lora.pair import LoraPair
 from curvopt.lora.pairs import find_lora_pairs, find_skipped
@@ -113,7 +114,7 @@ def export_adapter(
         ValueError: If the adapter, the target, the basis or a name is unknown, a rank or share is out of range or both
             are given, factors are missing or not asked for, the adapter has parts that cannot be cut or padded (a layer
             that is no plain pair, an initialisation that moved the base weights), or parts that the target does not
-            read (saved modules, biases, DoRA magnitudes).
+            read (saved modules, biases, DoRA magnitudes), or the model is sharded.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not callable(getattr(model, "get_base_model", None)):
@@ -131,6 +132,12 @@ def export_adapter(
     if target == "hotswap":
         config.lora_dropout = 0.0  # compared between adapters, though nothing is dropped at inference
     state = model.state_dict()
+    split = next((name for name, tensor in state.items() if is_sharded(tensor)), None)
+    if split is not None:
+        raise ValueError(
+            f"model must hold whole tensors, but {split} is sharded (fully_shard): gather its weights into a model on "
+            "one process, get_model_state_dict with full_state_dict=True, and export that"
+        )
     if basis != "stored" or any(x is not None for x in (ranks, energy, factors, pad_to)) or target != "peft":
         pairs = _cuttable(model, chosen, config)
         made, kept = cut(pairs, ranks, energy, basis, factors, chosen)

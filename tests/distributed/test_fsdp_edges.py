@@ -2,7 +2,6 @@
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import models
@@ -14,7 +13,7 @@ from processes import ALL, grit, odd, odd32, odd64, plain
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
+from curvopt import GritKFAC
 from curvopt.lora import resize_adapter
 
 STEPS = range(10)
@@ -71,9 +70,6 @@ def refused(world, everybody):
     with pytest.raises(ValueError, match="A of first must be split over one mesh dimension"):
         GritKFAC(twice, require_pairs=False).step()
     models.assert_same(before, processes.snapshot(model))
-    for other in (MatryoshkaScaledAdam, partial(GoRAInit, rank=2, min_rank=1, max_rank=4)):
-        with pytest.raises((RuntimeError, ValueError), match="sharded"):
-            processes.fit(model, other(model), range(2), world.rank, world.size)
 
 
 def accumulated(world):
