@@ -10,9 +10,11 @@ statistics of P pairs, activation   P (r (r + 1) + 2) b                         
 split along d (lora_B of FSDP2)     none
 split along r (lora_A of FSDP2)     L r d b / W · (1 − 1/W), as gradient and as update     every step
 the same, reprojected               as much again for the matrices, there and back         every reproject_every
+outer factors, k directions         L r (r + k) b                                          every step
 gradient or weight statistics       L r (r + 1)/2 b; weight: and the matrices, one way     every factor_every
 norms of the rule "momentum"        2 L b                                                  every step
 Gram matrices of the rule "polar"   L r² b                                                 every step
+rows of DyLoRA's A, to compare      L r d b / W · (1 − 1/W)                                every step
 non-finite flag                     4 for each way of splitting                            every step, if sharded
 ==================================  =====================================================  ======================
 

@@ -72,7 +72,7 @@ def export_adapter(
     """Write one adapter of a PEFT model as a plain adapter folder, optionally of other ranks; the model is untouched.
 
     PEFT reads a rank and an alpha for each layer, other programs read less. `target` says which program the folder is
-    for; ΔW as that program computes it equals ΔW of the model.
+    for; ΔW as that program computes it, by what it documented in November 2026, equals ΔW of the model.
 
     - ``"peft"``: ranks and alphas as they are, with `rank_pattern` and `alpha_pattern`.
     - ``"vllm"``, ``"sglang"``: one rank and one alpha. Smaller ranks are filled with zeros, scalings that differ are

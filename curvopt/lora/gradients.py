@@ -209,10 +209,10 @@ class BaseGradients:
 
     def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
         """Take in what came in this backward pass; forget what an earlier gradient left."""
-        grad = local(grad.detach())
-        if not continues(grad, record.version, record.at_once or world_size(self._group) > 1):
+        held = local(grad)  # a detached DTensor would have another version counter
+        if not continues(held, record.version, record.at_once or world_size(self._group) > 1):
             record.here = _Sum()
-        record.version, record.landed = grad._version, grad.clone()
+        record.version, record.landed = held._version, held.detach().clone()
         self._count(record)
         record.land()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvopt.distributed import is_sharded, placed_like, reshard, world_size
-from curvopt.lora import find_lora_pairs
+from curvopt.lora import LARGEST_RANK, find_lora_pairs
 
 
 class ParameterLocator:
@@ -154,3 +154,10 @@ def describe_names(groups: list[dict[str, Any]]) -> str:
     if not names:
         return "the parameters have no names, so A and B cannot be told apart"
     return f"among {len(names)} named parameters ({', '.join(names[:3])}, ...) none are named like lora_A and lora_B"
+
+
+def describe_shapes(groups: list[dict[str, Any]]) -> str:
+    """One line on the shapes of the parameters, for the error "no pair found"."""
+    shapes = [str(tuple(p.shape)) for g in groups for p in g["params"]]
+    shown = ", ".join(shapes[:3]) + (", ..." if len(shapes) > 3 else "")
+    return f"no tensor has a dimension of at most {LARGEST_RANK} that is less than half of the other, got {shown}"

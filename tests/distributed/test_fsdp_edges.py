@@ -153,8 +153,11 @@ def documented(folder):
         namespace = {**start, "model": models.llama(), "fresh_model": models.llama()}
         exec(source, namespace)
         left.append(processes.snapshot(namespace["model"]))
-    for source in EXAMPLES[2:]:  # they go on with the sharded model
+    for source in EXAMPLES[2:4]:  # they go on with the sharded model
         exec(source, namespace)
+    calibrated = {**start, "model": models.llama()}
+    exec(EXAMPLES[4], calibrated)
+    assert calibrated["optimizer"].ready and calibrated["optimizer"].delegate is not None
     left.append(processes.snapshot(namespace["fresh_model"]))
     return [{name: t for name, t in snapshot.items() if "lora_" in name} for snapshot in left]
 
@@ -206,7 +209,7 @@ def test_bfloat16_with_masks(found, size):
 
 def test_examples_of_the_docs(found):
     """Every way trains the same: batches are the same in all processes."""
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     model = models.llama()
     before = models.snapshot(model)
     optimizer = GritKFAC(model, lr=5e-3)

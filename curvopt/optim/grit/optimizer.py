@@ -12,6 +12,7 @@ from curvopt.lora import LoraPair, resize_pair
 from curvopt.lora.resize import check_resize
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
+from curvopt.optim.checking import check
 from curvopt.optim.grit import diagnostics, outer, reproject, settings
 from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
 
@@ -67,6 +68,10 @@ class GritKFAC(BucketedOptimizer):
         min_rank: never fewer directions than this; at most the rank of every pair.
         adapter: only this adapter's pairs; None for all.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``; see `curvopt.ops`.
+        low_rank: ``"names"``: A and B are found by the model, or by names. ``"shape"``, for tensors without names: each
+            matrix whose smaller dimension is at most 128 and less than half of the other is taken as one of the two,
+            with that dimension as its rank, and everything else gets AdamW; what was taken as what is logged. That
+            suits rules that need no partner: ``update="polar"`` without reprojection.
         require_pairs: raise when no pair is found; otherwise everything gets AdamW.
         maximize: ascend.
         capturable: steps may be captured in a CUDA graph, after one or more eager ones and with gradients that stay in
@@ -86,6 +91,7 @@ class GritKFAC(BucketedOptimizer):
 
     # what a copy or a pickle starts with: process groups cannot travel
     _process_group: dist.ProcessGroup | None = None
+    _instead = 'Pass the model itself, low_rank="shape" for tensors without names, or require_pairs=False'
     _join_config: Any = None  # by torch's protocol of joinable objects; None outside of Join
     _small = frozenset(
         {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
@@ -114,6 +120,7 @@ class GritKFAC(BucketedOptimizer):
         reproject_every: int | None = None,
         rank_threshold: float | None = None,
         min_rank: int = settings.MIN_RANK,
+        low_rank: str = "names",
         adapter: str | None = None,
         backend: str = "auto",
         require_pairs: bool = True,
@@ -131,6 +138,8 @@ class GritKFAC(BucketedOptimizer):
             "reproject_every": reproject_every, "rank_threshold": rank_threshold, "min_rank": min_rank,
         }  # fmt: skip
         self._process_group = process_group
+        check("low_rank", low_rank, low_rank in settings.LOW_RANK, f"one of {settings.LOW_RANK}")
+        self._low_rank = low_rank
         super().__init__(
             params, defaults, model=model, adapter=adapter, backend=backend, require_pairs=require_pairs
         )  # fmt: skip
@@ -336,6 +345,8 @@ class GritKFAC(BucketedOptimizer):
     def _check_group(self, g: dict[str, Any]) -> None:
         super()._check_group(g)
         settings.check_group(g)
+        if self._low_rank == "shape":
+            settings.check_alone(g)
 
     def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
         super()._check_edit(before, g)
