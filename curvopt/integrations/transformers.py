@@ -68,7 +68,7 @@ class OptimizerFactory:
 
 def default_betas(args: TrainingArguments) -> tuple[float, float]:
     """Return what the class of the arguments has for ``adam_beta1`` and ``adam_beta2`` where nobody says anything."""
-    by_name = {field.name: field.default for field in dataclasses.fields(args)}
+    by_name: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(args)}
     return by_name["adam_beta1"], by_name["adam_beta2"]
 
 

@@ -142,6 +142,16 @@ def halves(world=None):
     return processes.snapshot(model), optimizer.ranks()
 
 
+def bare(world=None):
+    """Sharded tensors without names, each LoRA matrix by its shape."""
+    model = models.mlp(width=10, r=4)
+    if world is not None:
+        processes.shard(model, world.mesh)
+    optimizer = GritKFAC([p for p in model.parameters() if p.requires_grad], lr=3e-3, low_rank="shape")
+    processes.fit(model, optimizer, STEPS, *(() if world is None else (world.rank, world.size)))
+    return processes.snapshot(model, optimizer), len(optimizer.sides)
+
+
 def documented(folder):
     """Run the examples of the docs in every process; return what they left."""
     os.chdir(folder)
@@ -170,6 +180,7 @@ def job(worlds, everybody, folder):
             for name, kwargs in BYTES.items():
                 found["bytes", name, size] = bytes_sent(world, patch, kwargs)
             found["halves", size] = halves(world)
+            found["bare", size] = bare(world)
     four = worlds[4]
     found |= {way.__name__: way(four) for way in (accumulated, midway, handed_over)}
     found["documented"] = documented(folder)
@@ -205,6 +216,15 @@ def test_bfloat16_with_masks(found, size):
         got, live = process["halves", size]
         assert live == ranks
         models.assert_near(got, want, rtol=2**-7, atol=2**-10)  # sums in another order tip a rounding now and then
+
+
+@sizes
+def test_tensors_without_names(found, size):
+    want, sides = bare()
+    for process in found[:size]:
+        got, own = process["bare", size]
+        assert own == sides == 7  # B of the third layer is (6 × 3)
+        models.assert_near(got, want, rtol=1e-8, atol=1e-10)
 
 
 def test_examples_of_the_docs(found):

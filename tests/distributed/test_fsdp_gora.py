@@ -7,6 +7,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._composable.replicate_with_fsdp import replicate  # there is no public way to it yet
 from torch.distributed.tensor import Shard
 
 from curvopt import GoRAInit, GritKFAC
@@ -138,6 +139,7 @@ def job(worlds, everybody):
             two, name, lambda m: processes.shard(m, two.mesh, shard_placement_fn=last)
         )  # fmt: skip
         found["hybrid", name] = sharded(four, name, lambda m: processes.shard(m, everybody))
+        found["replicated", name] = sharded(two, name, lambda m: replicate(m, mesh=two.mesh))
     model = zero64()
     processes.shard(model, four.mesh)
     found["planned"] = planned(model, four.rank, four.size)
@@ -184,7 +186,7 @@ def test_sharded_processes_are_one(found, alone, name, size):
 
 
 @pytest.mark.parametrize("name", ["gora", "whitened"])
-@pytest.mark.parametrize("way", ["columns", "hybrid"])
+@pytest.mark.parametrize("way", ["columns", "hybrid", "replicated"])
 def test_other_ways_of_sharding(found, alone, way, name):
     for process in found:
         assert_agrees(process[way, name], alone(name))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._composable.replicate_with_fsdp import replicate  # there is no public way to it yet
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -205,6 +206,7 @@ def job(worlds, everybody, folder):
             two, *SCENARIOS[name], wrap=lambda m: processes.shard(m, two.mesh, shard_placement_fn=last)
         )
         found["hybrid", name] = sharded(four, *SCENARIOS[name], wrap=lambda m: processes.shard(m, everybody))
+        found["replicated", name] = sharded(two, *SCENARIOS[name], wrap=lambda m: replicate(m, mesh=two.mesh))
     for size, world in worlds.items():
         found["strata", size] = (
             strata(world, lambda m, world=world: processes.shard(m, world.mesh)),
@@ -256,13 +258,15 @@ def test_sharded_processes_are_one(found, alone, name, size):
 
 
 @pytest.mark.parametrize("name", ["matryoshka", "dylora"])
-@pytest.mark.parametrize("way", ["columns", "hybrid"])
+@pytest.mark.parametrize("way", ["columns", "hybrid", "replicated"])
 def test_other_ways_of_sharding(found, alone, way, name):
     for process in found:
-        assert_agrees(process[way, name], alone(name), exact=True)
+        assert_agrees(
+            process[way, name], alone(name), exact=True, placement="Replicate" if way == "replicated" else "Shard"
+        )
 
 
-def assert_agrees(run, expected, exact):
+def assert_agrees(run, expected, exact, placement="Shard"):
     """Assert that a sharded run is the one of a single process, at every rank, and that its state is sharded."""
     (got, ranks, placed), (want, want_ranks) = run, expected
     # rounding in another order, grown over the steps by divisions by √v̂; in float32 a thousandth of a step of 3e-3
@@ -276,7 +280,7 @@ def assert_agrees(run, expected, exact):
     models.assert_same(ranks[-1], {name: t for name, t in got.items() if "/" not in name})  # truncation leaves no trace
     assert models.differences(ranks[0], {name: got[name] for name in ranks[0]}) != []  # and is not nothing
     wide = {name: at for name, at in placed.items() if "/exp_avg" in name or name.endswith("/full")}
-    assert wide and all("Shard" in at for at in wide.values())
+    assert wide and all(placement in at for at in wide.values())
     assert all(at == "" for name, at in placed.items() if name not in wide)
 
 
