@@ -6,7 +6,6 @@ from curvopt.lora.cut import OrderedPair, order_pair, truncated
 from curvopt.lora.export import export_adapter
 from curvopt.lora.pair import LoraPair
 from curvopt.lora.pairs import (
-    LARGEST_RANK,
     describe_search,
     find_lora_pairs,
     find_skipped,
@@ -16,7 +15,6 @@ from curvopt.lora.pairs import (
 from curvopt.lora.resize import resize_adapter, resize_pair
 
 __all__ = [
-    "LARGEST_RANK",
     "Capture",
     "LoraPair",
     "OrderedPair",

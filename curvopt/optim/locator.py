@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from curvopt.distributed import is_sharded, placed_like, reshard, world_size
-from curvopt.lora import LARGEST_RANK, find_lora_pairs
+from curvopt.lora import find_lora_pairs
+from curvopt.lora.pairs import LARGEST_RANK
 
 
 class ParameterLocator:
