@@ -378,7 +378,8 @@ class PairedOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ saving, loading, copying
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_model", "_adapter", "_whole_model", "_low_rank")}
+        own = {key: self.__dict__[key] for key in ("_model", "_adapter", "_whole_model")}
+        own["_low_rank"] = self._low_rank  # of the class, where it was not given
         return {**super().__getstate__(), **own, "_backend": self._ops.backend}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
