@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from curvopt import GritKFAC
@@ -90,6 +91,11 @@ def run(job: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
 def whole(t: Any) -> Any:
     """Return all of a DTensor in every process; anything else as it is."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def placed(value: Tensor, p: Tensor) -> Tensor:
+    """Return a tensor, the same in every process, sharded as a parameter is; as it is for a plain one."""
+    return distribute_tensor(value, p.device_mesh, p.placements) if hasattr(p, "placements") else value
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, **kwargs: Any) -> nn.Module:

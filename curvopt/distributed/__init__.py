@@ -10,9 +10,11 @@ statistics of P pairs, activation   P (r (r + 1) + 2) b                         
 split along d (lora_B of FSDP2)     none
 split along r (lora_A of FSDP2)     L r d b / W · (1 − 1/W), as gradient and as update     every step
 the same, reprojected               as much again for the matrices, there and back         every reproject_every
+outer factors, k directions         L r (r + k) b                                          every step
 gradient or weight statistics       L r (r + 1)/2 b; weight: and the matrices, one way     every factor_every
 norms of the rule "momentum"        2 L b                                                  every step
 Gram matrices of the rule "polar"   L r² b                                                 every step
+rows of DyLoRA's A, to compare      L r d b / W · (1 − 1/W)                                every step
 non-finite flag                     4 for each way of splitting                            every step, if sharded
 ==================================  =====================================================  ======================
 
@@ -22,7 +24,17 @@ columns; the way back costs the same again, since no process has the whole updat
 """
 
 from curvopt.distributed.collectives import agreed, all_reduce_grams, all_reduce_sums, process_index, world_size
-from curvopt.distributed.shards import Shards, groups_of, is_sharded, local, shards_of
+from curvopt.distributed.shards import (
+    Shards,
+    groups_of,
+    is_sharded,
+    local,
+    placed_like,
+    reshard,
+    shards_of,
+    used_directions,
+    whole,
+)
 
 __all__ = [
     "Shards",
@@ -32,7 +44,11 @@ __all__ = [
     "groups_of",
     "is_sharded",
     "local",
+    "placed_like",
     "process_index",
+    "reshard",
     "shards_of",
+    "used_directions",
+    "whole",
     "world_size",
 ]

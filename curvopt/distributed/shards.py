@@ -28,6 +28,61 @@ def local(t: Any) -> Any:
     return t.to_local() if is_sharded(t) else t
 
 
+def whole(t: Any) -> Any:
+    """Return all of ``t`` in every process that shares it, detached; ``t`` itself, detached, if it is plain.
+
+    All of these processes must call.
+    """
+    held: Any = t.detach()
+    return held.full_tensor() if is_sharded(t) else held
+
+
+def placed_like(p: Tensor, value: Tensor, of_first: bool = False) -> Tensor:
+    """Return a whole tensor placed as ``p`` is; as it is where ``p`` is plain.
+
+    Args:
+        p: a parameter.
+        value: of its shape. The same in every process, and then nothing is sent, unless ``of_first``.
+        of_first: take that of the first process of the mesh.
+    """
+    if not is_sharded(p) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    source = 0 if of_first else None
+    placed: Tensor = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=source)
+    return placed
+
+
+def used_directions(params: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Return for each tensor ``[r]`` booleans, which slices along its dimension have an entry that is not zero.
+
+    All processes that share the tensors must call; they get the same.
+    """
+    found = []
+    for p, dim in zip(params, dims, strict=True):
+        held = (local(p.detach()) != 0).movedim(dim, 0).flatten(1).any(1)
+        shards = shards_of(p, dim, "a tensor")
+        if shards is not None:
+            used = held.new_zeros(p.shape[dim], dtype=torch.float32)
+            used.narrow(0, shards.first(dim), len(held)).copy_(held)
+            shards.sum_(used)
+            held = used > 0
+        found.append(held)
+    return found
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Let FSDP2 put its sharded parameters in place, where the unsharded ones of the last forward still are."""
+    if model is None or not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def groups_of(params: Iterable[Tensor]) -> list[Any]:
     """Return the process groups over which any of ``params`` is split, in order of appearance."""
     found: list[Any] = []
@@ -82,9 +137,14 @@ class Shards:
     @property
     def offset(self) -> int:
         """Where this process's piece of the state begins along ``work``."""
-        if self.work is None:
-            return 0
-        return sum(self._cuts(self.work)[: self.mesh.get_local_rank(self.mesh_dim)])
+        return 0 if self.work is None else self._begin(self.work)
+
+    def first(self, dim: int) -> int:
+        """Return where this process's piece of the parameter begins along a dimension."""
+        return self._begin(dim) if dim == self.split else 0
+
+    def _begin(self, dim: int) -> int:
+        return sum(self._cuts(dim)[: self.mesh.get_local_rank(self.mesh_dim)])
 
     def _cuts(self, dim: int) -> list[int]:
         """Return how many entries along ``dim`` each process has, as ``torch.chunk`` deals them out."""

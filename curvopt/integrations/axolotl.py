@@ -10,9 +10,9 @@
       reproject_every: 20
       rank_threshold: 0.99
 
-Learning rate, betas, ε and weight decay come from Axolotl's own settings. With Axolotl's LoRA kernels
-(``lora_mlp_kernel``, ``lora_qkv_kernel``, ``lora_o_kernel``, ``lora_embedding_kernel``) the optimizer takes its
-statistics from gradients, since those kernels never call ``lora_A``. Written against Axolotl 0.19.
+Learning rate, betas, ε and weight decay come from Axolotl's own settings (see `OptimizerFactory`). With Axolotl's LoRA
+kernels (``lora_mlp_kernel``, ``lora_qkv_kernel``, ``lora_o_kernel``, ``lora_embedding_kernel``) the optimizer takes
+statistics, where it reads any, from gradients, since those kernels never call ``lora_A``. Written against Axolotl 0.19.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pydantic import BaseModel
 from torch import nn
 from torch.optim import Optimizer
 
+from curvopt.integrations.factory import OPTIMIZERS, without_hooks
+from curvopt.integrations.options import parse_options
 from curvopt.integrations.transformers import OptimizerFactory
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,12 @@ class CurvoptPlugin(BasePlugin):
             trainer: A transformers Trainer.
         """
         options = dict(cfg.get("curvopt") or {})
-        kernels = [name for name in KERNELS if cfg.get(name)]
-        if kernels and "statistics" not in options and options.get("optimizer", "grit") == "grit":
-            log.warning('%s never call lora_A, so statistics="gradient" is used', ", ".join(kernels))
-            options["statistics"] = "gradient"
+        name = options.pop("optimizer", "grit")
+        kernels = [kernel for kernel in KERNELS if cfg.get(kernel)]
+        if kernels and name in OPTIMIZERS:
+            options = parse_options(options, OPTIMIZERS[name])
+            options = without_hooks(options, OPTIMIZERS[name], f"{', '.join(kernels)} never call lora_A")
         if trainer.optimizer is not None:
             log.warning("the trainer's %s is replaced by that of curvopt", type(trainer.optimizer).__name__)
             trainer.optimizer = None
-        trainer.optimizer_cls_and_kwargs = (AxolotlFactory, {"training": trainer.args, **options})
+        trainer.optimizer_cls_and_kwargs = (AxolotlFactory, {"training": trainer.args, "optimizer": name, **options})

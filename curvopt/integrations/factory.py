@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from curvopt import GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
 from curvopt.integrations.options import parse_options
+from curvopt.optim.grit.settings import complete
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ def build_optimizer(
     """Build an optimizer for a model with adapters.
 
     Weight decay acts on matrices: adapters and saved modules, but no biases and norms. Where a library computes LoRA
-    layers in kernels of its own that never call ``lora_A`` (see `fused_lora`), hooks would stay silent: GritKFAC then
-    gets ``statistics="gradient"`` unless `options` say otherwise, and a warning is logged.
+    layers in kernels of its own that never call ``lora_A`` (see `fused_lora`), hooks would stay silent: where options
+    ask for something that reads factors, GritKFAC then gets ``statistics="gradient"`` unless they say otherwise.
 
     Args:
         model: The model, before a trainer wraps it.
@@ -42,11 +43,9 @@ def build_optimizer(
             raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}")
         optimizer = OPTIMIZERS[optimizer]
     options = parse_options(options, optimizer)
-    if "statistics" in inspect.signature(optimizer).parameters and "statistics" not in options:
-        reason = fused_lora(model)
-        if reason:
-            log.warning('%s: hooks on lora_A would see nothing, so statistics="gradient" is used', reason)
-            options["statistics"] = "gradient"
+    reason = fused_lora(model)
+    if reason:
+        options = without_hooks(options, optimizer, reason)
     adapted = {p for pair in find_lora_pairs(model, options.get("adapter")) for p in (pair.A, pair.B)}
     params = [p for p in model.parameters() if p.requires_grad or p in adapted]
     if not options.get("weight_decay"):
@@ -56,6 +55,29 @@ def build_optimizer(
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     return optimizer([g for g in groups if g["params"]], model=model, **options)
+
+
+def without_hooks(options: Mapping[str, Any], optimizer: Callable[..., Any], reason: str) -> dict[str, Any]:
+    """Return options under which an optimizer does not depend on hooks, unless they ask for that themselves.
+
+    ``statistics="gradient"`` where factors would be observed by hooks, and a warning in the log; else they stay as they
+    are: the default of GritKFAC reads no factors on the rank side.
+
+    Args:
+        options: Arguments of the optimizer, parsed.
+        optimizer: Its class.
+        reason: What keeps hooks from seeing anything, for the log.
+    """
+    said = dict(options)
+    parameters = inspect.signature(optimizer).parameters
+    deciding = ("statistics", "update", "reproject_every", "rank_threshold")
+    if "statistics" not in said and parameters.keys() >= set(deciding):
+        group = {name: said.get(name, parameters[name].default) for name in deciding}
+        complete(group)
+        if group["statistics"] == "activation":
+            log.warning('%s: hooks on lora_A would see nothing, so statistics="gradient" is used', reason)
+            said["statistics"] = "gradient"
+    return said
 
 
 def fused_lora(model: nn.Module) -> str:

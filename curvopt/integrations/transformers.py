@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from curvopt import GritKFAC
 from curvopt.integrations.factory import build_optimizer
+
+log = logging.getLogger(__name__)
 
 
 class OptimizerFactory:
@@ -44,16 +48,28 @@ class OptimizerFactory:
 
         Args:
             model: the model, before Trainer wraps it.
-            args: where lr, betas, eps and weight decay come from if ``kwargs`` do not say.
+            args: where lr, betas, eps and weight decay come from if ``kwargs`` do not say. Betas that are the defaults
+                of the arguments' class, (0.9, 0.999) in transformers, count as not said, since nothing tells them from
+                a choice: the optimizer then has its own. Give ``betas`` among ``kwargs`` to choose those.
             optimizer: the class, which is called with param groups and ``model=``; or a name that
                 `curvopt.integrations.build_optimizer` knows.
             kwargs: the optimizer's arguments; strings are parsed.
         """
         if args is not None:
+            said = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
             betas = (args.adam_beta1, args.adam_beta2)
-            said = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-            kwargs = {**said, "weight_decay": args.weight_decay, **kwargs}
+            if betas != default_betas(args):
+                said["betas"] = betas
+            elif "betas" not in kwargs:
+                log.info("betas: the optimizer's own; %s are the defaults of the training arguments", betas)
+            kwargs = {**said, **kwargs}
         return build_optimizer(model, optimizer, **kwargs)
+
+
+def default_betas(args: TrainingArguments) -> tuple[float, float]:
+    """Return what the class of the arguments has for ``adam_beta1`` and ``adam_beta2`` where nobody says anything."""
+    by_name: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(args)}
+    return by_name["adam_beta1"], by_name["adam_beta2"]
 
 
 class CurvatureCallback(TrainerCallback):

@@ -5,7 +5,13 @@ from curvopt.lora.choose import RankChoice, RankLoss, smallest_rank
 from curvopt.lora.cut import OrderedPair, order_pair, truncated
 from curvopt.lora.export import export_adapter
 from curvopt.lora.pair import LoraPair
-from curvopt.lora.pairs import describe_search, find_lora_pairs, find_skipped, pair_by_name
+from curvopt.lora.pairs import (
+    describe_search,
+    find_lora_pairs,
+    find_skipped,
+    low_rank_by_shape,
+    pair_by_name,
+)
 from curvopt.lora.resize import resize_adapter, resize_pair
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "export_adapter",
     "find_lora_pairs",
     "find_skipped",
+    "low_rank_by_shape",
     "order_pair",
     "pair_by_name",
     "resize_adapter",

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from curvopt.distributed import reshard
 from curvopt.functional import basis as gauge
 from curvopt.functional.nested import product_svd
 from curvopt.functional.ranks import energy_rank
@@ -181,6 +182,7 @@ def truncated(
     Raises:
         TypeError, ValueError: As `curvopt.lora.export_adapter` does.
     """
+    reshard(model)  # so that sharded matrices are seen as such, and refused
     pairs = find_lora_pairs(model, adapter)
     made, kept = cut(pairs, ranks, energy, basis, factors, adapter)
     held = {pair: (pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs}

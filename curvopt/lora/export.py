@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from curvopt.distributed import is_sharded
 from curvopt.lora.cut import Basis, Factors, OrderedPair, Ranks, cut
 from curvopt.lora.pair import LoraPair
 from curvopt.lora.pairs import find_lora_pairs, find_skipped
@@ -71,7 +72,7 @@ def export_adapter(
     """Write one adapter of a PEFT model, unchanged itself, as a plain adapter folder, optionally with other ranks.
 
     PEFT supports a rank and an alpha for each layer; other programs do not. `target` names the program that will load
-    the folder; ΔW as computed by that program equals ΔW of the model.
+    the folder; ΔW as computed by that program, by its documentation of November 2026, equals ΔW of the model.
 
     - ``"peft"``: ranks and alphas as they are, with `rank_pattern` and `alpha_pattern`.
     - ``"vllm"``, ``"sglang"``: one rank and one alpha. Smaller ranks are padded with zeros, and differing scalings are
@@ -111,9 +112,9 @@ def export_adapter(
     Raises:
         TypeError: If `model` is not a PeftModel, a rank not an integer, or a share not a number.
         ValueError: If the adapter, the target, the basis or a name is unknown; a rank or share is out of range, or both
-            are given; factors are missing or not needed; the adapter has parts that cannot be cut or padded (a layer
-            that is not a plain pair, an initialisation that changed the base weights), or parts that the target does
-            not support (saved modules, biases, DoRA magnitudes).
+            are given; factors are missing or not needed; the model is sharded; the adapter has parts that cannot be cut
+            or padded (a layer that is not a plain pair, an initialisation that changed the base weights), or parts that
+            the target does not support (saved modules, biases, DoRA magnitudes).
     """
     peft: Any = model
     configs = getattr(model, "peft_config", None)
@@ -132,6 +133,12 @@ def export_adapter(
     if target == "hotswap":
         config.lora_dropout = 0.0  # compared between adapters, though nothing is dropped at inference
     state = model.state_dict()
+    split = next((name for name, tensor in state.items() if is_sharded(tensor)), None)
+    if split is not None:
+        raise ValueError(
+            f"model must hold whole tensors, but {split} is sharded (fully_shard): gather its weights into a model on "
+            "one process, get_model_state_dict with full_state_dict=True, and export that"
+        )
     if basis != "stored" or any(x is not None for x in (ranks, energy, factors, pad_to)) or target != "peft":
         pairs = _cuttable(model, chosen, config)
         made, kept = cut(pairs, ranks, energy, basis, factors, chosen)

@@ -20,12 +20,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from curvopt.distributed import all_reduce_sums, world_size
+from curvopt.distributed import all_reduce_sums, is_sharded, local, placed_like, whole, world_size
 from curvopt.functional import compute_dtype
 from curvopt.lora.hooks import Arrival, Watch, continues, on_arrival
 from curvopt.lora.pair import LoraPair
 
 Product = Callable[[LoraPair, Tensor, Tensor], dict[str, Tensor]]
+
+
+@dataclass(eq=False)
+class _Sum:
+    """A sum of products by name, and whether any of them was finite, 0-d fp32; None if nothing came."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    hit: Tensor | None = None
+
+    def add(self, parts: dict[str, Tensor], hit: Tensor) -> None:
+        """Add products; the tensors may be kept and changed."""
+        for name, part in parts.items():
+            self.parts[name] = self.parts[name].add_(part) if name in self.parts else part
+        self.hit = hit if self.hit is None else torch.maximum(self.hit, hit)
 
 
 @dataclass(eq=False)
@@ -35,23 +49,32 @@ class _Record:
     Attributes:
         pair: The pair.
         waiting: (number of the backward pass, x, g) of what came and whose gradient has not arrived.
-        parts: The products since the last `commit`.
-        hit: Whether any of them was finite, 0-d fp32; None if nothing came.
-        landed: ``B.grad`` as it was when it arrived last.
+        coming: The products of what came and whose gradient has not arrived.
+        here: The products of the gradients that have arrived since the last `commit`.
+        landed: What this process holds of ``B.grad`` as it was when it arrived last.
         version: Its version then.
+        at_once: Whether products are formed when something comes: under FSDP2 gradients arrive when they have been
+            summed over processes, which may be some backward passes later.
     """
 
     pair: LoraPair
     waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    hit: Tensor | None = None
+    coming: _Sum = field(default_factory=_Sum)
+    here: _Sum = field(default_factory=_Sum)
     landed: Tensor | None = None
     version: int = -1
+    at_once: bool = False
+
+    def land(self) -> None:
+        """Count what was coming."""
+        if self.coming.hit is not None:
+            self.here.add(self.coming.parts, self.coming.hit)
+        self.coming = _Sum()
 
     def clear(self) -> None:
         """Forget what is not committed."""
         self.waiting.clear()
-        self.parts, self.hit, self.landed = {}, None, None
+        self.coming, self.here, self.landed = _Sum(), _Sum(), None
 
 
 class BaseGradients:
@@ -102,6 +125,7 @@ class BaseGradients:
             if pair.module is not None:
                 mine = weakref.ref(record)
                 self._handles.append(pair.module.register_forward_hook(_Hook(me, mine), with_kwargs=True))
+                record.at_once = is_sharded(pair.B)
                 if pair.B.is_leaf:
                     self._handles.append(on_arrival(pair.B, Arrival(me, mine)))
 
@@ -133,12 +157,13 @@ class BaseGradients:
         broken = torch.zeros((), dtype=torch.bool)
         for pair, factor in factors.items():
             record = self._records[pair]
-            if record.hit is None or pair.B.grad is None:
+            sum_ = record.here
+            if sum_.hit is None or pair.B.grad is None:
                 continue
-            fine = factor.isfinite() & (record.hit > 0)
+            fine = factor.isfinite() & (sum_.hit > 0)
             broken = broken | ~fine.to(broken.device)
             held = self.sums.setdefault(pair, {})
-            for name, part in record.parts.items():
+            for name, part in sum_.parts.items():
                 # zero by `where`: 0 · NaN would be NaN, and a branch would wait for the device
                 part = torch.where(fine.to(part.device), part * factor.to(part.device, part.dtype), 0.0)
                 held[name] = held[name].add_(part) if name in held else part
@@ -161,7 +186,7 @@ class BaseGradients:
             held, landed = pair.B.grad, record.landed
             found = torch.zeros(3, dtype=torch.float64, device=home)
             if held is not None and landed is not None:
-                h, b = held.detach().double().flatten(), landed.double().flatten()
+                h, b = local(held.detach()).double().flatten(), landed.double().flatten()
                 found = torch.stack([h @ h, h @ b, b @ b]).to(home)
             products.append(found)
         table = torch.stack(products)
@@ -177,15 +202,19 @@ class BaseGradients:
         if g.requires_grad:
             self.differentiable = record.pair.name
         record.waiting.append((_backward_pass(), x, g.detach()))
-        if not record.pair.B.is_leaf:
+        if record.at_once or not record.pair.B.is_leaf:
             self._count(record)
+        if not record.at_once and not record.pair.B.is_leaf:
+            record.land()
 
     def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
         """Take in what came in this backward pass; forget what an earlier gradient left."""
-        if not continues(grad, record.version, world_size(self._group) > 1):
-            record.parts, record.hit = {}, None
-        record.version, record.landed = grad._version, grad.detach().clone()
+        held = local(grad)  # a detached DTensor would have another version counter
+        if not continues(held, record.version, record.at_once or world_size(self._group) > 1):
+            record.here = _Sum()
+        record.version, record.landed = held._version, held.detach().clone()
         self._count(record)
+        record.land()
 
     def _count(self, record: _Record) -> None:
         now = _backward_pass()
@@ -200,11 +229,10 @@ class BaseGradients:
         x = x.to(g.dtype) if x.is_floating_point() else x
         fine = (g.sum() + x.sum()).isfinite()
         g, x = torch.where(fine, g, 0.0), torch.where(fine, x, torch.zeros_like(x))
-        for name, part in self.product(record.pair, x, g).items():
-            part = part.cpu() if self.offload else part
-            record.parts[name] = record.parts[name].add_(part) if name in record.parts else part
-        hit = fine.to(torch.float32)
-        record.hit = hit if record.hit is None else torch.maximum(record.hit, hit)
+        parts = self.product(record.pair, x, g)
+        if self.offload:
+            parts = {name: part.cpu() for name, part in parts.items()}
+        record.coming.add(parts, fine.to(torch.float32))
 
 
 def _whole(pair: LoraPair, x: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -361,27 +389,45 @@ def layer_shape(pair: LoraPair) -> tuple[int, int]:
 
 
 def rows_of(pair: LoraPair) -> Tensor:
-    """A as (r, d_in), in the order of columns that `layer_gradient` has; detached."""
-    return pair.A.detach().movedim(pair.dim_A, 0).flatten(1)
+    """A as (r, d_in), in the order of columns that `layer_gradient` has; detached, and whole where it is sharded."""
+    return whole(pair.A).movedim(pair.dim_A, 0).flatten(1)
 
 
 def columns_of(pair: LoraPair, tensor: Tensor | None = None) -> Tensor:
-    """B, or a tensor laid out like it, as (d_out, r); detached."""
-    found = pair.B if tensor is None else tensor
-    return found.detach().movedim(pair.dim_B, 1).flatten(1)
+    """B, or a tensor laid out like it, as (d_out, r); detached, and whole where it is sharded."""
+    return whole(pair.B if tensor is None else tensor).movedim(pair.dim_B, 1).flatten(1)
 
 
 def write_columns(pair: LoraPair, columns: Tensor) -> None:
-    """Write (d_out, r) into B, rounded once to its dtype."""
-    place = pair.B.data.movedim(pair.dim_B, 1)
-    place.copy_(columns.reshape(place.shape))
+    """Write (d_out, r), the same in every process, into B, rounded once to its dtype."""
+    _write(pair.B, columns, pair.dim_B, 1)
+
+
+def write_rows(pair: LoraPair, rows: Tensor, of_first: bool = False) -> None:
+    """Write (k, d_in) into the first k directions of A, rounded once to its dtype, and zero into the others.
+
+    Args:
+        pair: The pair.
+        rows: The same in every process, unless `of_first`.
+        of_first: Where A is sharded take the rows of the first process.
+    """
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, pair.rank - rows.shape[0]))
+    _write(pair.A, padded, pair.dim_A, 0, of_first)
+
+
+def _write(parameter: Tensor, X: Tensor, dim: int, at: int, of_first: bool = False) -> None:
+    """Write a matrix whose rank is dimension `at` into a parameter whose rank is dimension `dim`."""
+    shape = torch.empty(parameter.shape, device="meta").movedim(dim, at).shape
+    X = X.reshape(shape).movedim(at, dim).to(parameter.dtype)
+    parameter.data.copy_(placed_like(parameter, X, of_first))
 
 
 def draw_rows(pair: LoraPair, generator: torch.Generator | None = None) -> None:
-    """Draw A anew, uniform with the bound 1/√d_in, as LoRA begins."""
-    A, bound = pair.A.data, layer_shape(pair)[0] ** -0.5
+    """Draw A anew, uniform with the bound 1/√d_in, as LoRA begins; where it is sharded, in the first process."""
+    A, bound = pair.A, layer_shape(pair)[0] ** -0.5
     where = A.device if generator is None else generator.device
-    A.copy_(torch.empty(A.shape, device=where).uniform_(-bound, bound, generator=generator))
+    drawn = torch.empty(A.shape, device=where).uniform_(-bound, bound, generator=generator)
+    A.data.copy_(placed_like(A, drawn.to(A), of_first=True) if is_sharded(A) else drawn)
 
 
 def base_layer(pair: LoraPair) -> nn.Module | None:
@@ -404,12 +450,15 @@ def base_layer(pair: LoraPair) -> nn.Module | None:
 def base_weight(pair: LoraPair) -> Tensor:
     """The frozen weight (d_out, d_in), dequantized by PEFT's own helper where it is quantized; detached.
 
+    A sharded one is gathered: all processes must call.
+
     Raises:
         ValueError: If no weight of the layer's shape is found; the message names the layer.
     """
     d_in, d_out = layer_shape(pair)
     base: Any = base_layer(pair)
     weight: Any = getattr(base, "weight", None)
+    weight = whole(weight) if is_sharded(weight) else weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if base is not None and not plain:
         # imported here: only a quantized base needs PEFT, and whoever has one through PEFT has PEFT

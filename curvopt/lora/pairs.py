@@ -22,6 +22,7 @@ _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _BARE = {"A", "B", "a", "b"}  # words too common to trust without a look at the shapes
 _SIDES = {word: (style, side) for style in (*_STYLES, _EMBEDDING) for word, side in zip(style, "AB", strict=True)}
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+LARGEST_RANK = 128  # of a tensor that is told by its shape
 _Key = tuple[str, tuple[str, str], tuple[str, ...]]
 _Fit = tuple[int, int, int]
 
@@ -94,6 +95,38 @@ def pair_by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> list[LoraPai
             halves.setdefault(place[0], {})[place[1]] = entry[1]
     made = (_named_pair(key, half["A"], half["B"]) for key, half in halves.items() if len(half) == 2)
     return [pair for pair in made if pair is not None]
+
+
+def low_rank_by_shape(named: Iterable[tuple[str, Tensor]]) -> list[tuple[LoraPair, str]]:
+    """Return the tensors that look like LoRA matrices, each by itself, for rules that need no partner.
+
+    The rank is the dimension of a matrix that is at most `LARGEST_RANK` and less than half of the other. Kernels (four
+    or five dimensions) count as the matrices that A (r, everything else) and B (d, r, 1, ...) of a convolution are.
+
+    Args:
+        named: (name, tensor), of any shapes and dtypes.
+
+    Returns:
+        For each that does, in the given order, a pair without a module, both of whose matrices it is, and which of the
+        two it is laid out like: "A" with the rank first, or "B".
+    """
+    found = []
+    for name, p in named:
+        if (dim := _rank_dim(p)) is not None:
+            kind = "conv" if p.ndim > 2 else "raw"
+            found.append((LoraPair(name, name, None, kind, None, dim, dim, fixed=(p, p)), "AB"[dim]))
+    return found
+
+
+def _rank_dim(p: Tensor) -> int | None:
+    """Return the dimension of a tensor that is the rank, by its shape; None if none is."""
+    if p.ndim not in (2, 4, 5):  # three: a convolution's A, or matrices of several experts
+        return None
+    first, second, rest = p.shape[0], p.shape[1], p.shape[2:].numel()
+    if rest > 1:
+        return 0 if first <= LARGEST_RANK and 2 * first < second * rest else None
+    small, large = sorted((first, second))
+    return p.shape.index(small) if small <= LARGEST_RANK and 2 * small < large else None
 
 
 def _place(name: str) -> tuple[_Key, str] | None:

@@ -1,5 +1,7 @@
 """PairedOptimizer: finds the pairs among its parameters and reads the groups at every step; the base class."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter, is_
@@ -11,13 +13,14 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from curvopt.distributed import Shards, groups_of, local, shards_of
-from curvopt.lora import LoraPair, describe_search, find_lora_pairs, pair_by_name
+from curvopt.lora import LoraPair, describe_search, find_lora_pairs, low_rank_by_shape, pair_by_name
 from curvopt.ops import Backend, Ops
 from curvopt.optim import loading
 from curvopt.optim.checking import as_scalar, check, is_number
-from curvopt.optim.locator import ParameterLocator, describe_names, trainable
+from curvopt.optim.locator import ParameterLocator, describe_names, describe_shapes, trainable
 
 T = TypeVar("T", bound="PairedOptimizer")
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -98,6 +101,9 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     # r×r and counting state: kept in its own dtype, which loading would cast to the parameter's
     _small: frozenset[str] = frozenset({"skipped", "cadence"})
+    # "names": A and B are told by their names; "shape": each LoRA matrix is told by its shape, and there are no pairs
+    _low_rank: str = "names"
+    _instead = "Pass the model itself, or require_pairs=False"
 
     def __init__(
         self,
@@ -127,9 +133,12 @@ class PairedOptimizer(torch.optim.Optimizer):
             self._check_group(group)
         try:
             self._index_pairs()
-            if require_pairs and not self._pairs:
+            if self._low_rank == "shape":
+                self._tell_shapes()
+            if require_pairs and not self._sides:
                 found = describe_search(model) if model is not None else describe_names(self.param_groups)
-                raise ValueError(f"no LoRA pair found: {found}. Pass the model itself, or require_pairs=False")
+                found = describe_shapes(self.param_groups) if self._low_rank == "shape" else found
+                raise ValueError(f"no LoRA pair found: {found}. {self._instead}")
             self._check_pairs()
         except Exception:
             self._release()
@@ -242,6 +251,12 @@ class PairedOptimizer(torch.optim.Optimizer):
     def _index_pairs(self) -> None:
         """Find the pairs among the parameters; cheap enough to repeat when groups or parameters change."""
         groups = {p: g for g in self.param_groups for p in g["params"]}
+        if self._low_rank == "shape":
+            self._pairs = []
+            own = low_rank_by_shape((f"tensor {i}", p) for i, p in enumerate(groups))
+            self._sides = [Side(pair, name, groups[pair.A], pair.A) for pair, name in own]
+            self._note_params()
+            return
         if self._model is not None:
             candidates = find_lora_pairs(self._model, self._adapter)
         else:
@@ -259,6 +274,14 @@ class PairedOptimizer(torch.optim.Optimizer):
             if p in groups
         ]
         self._note_params()
+
+    def _tell_shapes(self) -> None:
+        """Log what was taken as low rank, and what was not."""
+        taken = Counter(tuple(s.param.shape) for s in self._sides)
+        left = Counter(tuple(p.shape) for others in self._others for p in others if p.requires_grad)
+        texts = [", ".join(f"{n} of {' × '.join(map(str, shape))}" for shape, n in found.items()) or "none"
+                 for found in (taken, left)]  # fmt: skip
+        log.info("low rank by shape: %s; AdamW: %s", *texts)
 
     def _note_params(self) -> None:
         """Note what depends on which objects the parameters are now."""
@@ -372,6 +395,7 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("_model", "_adapter", "_whole_model")}
+        own["_low_rank"] = self._low_rank  # of the class, where it was not given
         return {**super().__getstate__(), **own, "_backend": self._ops.backend}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.distributed import Shards, agreed, local
-from curvopt.functional import compute_dtype
+from curvopt.distributed import Shards, agreed, all_reduce_grams, local
+from curvopt.functional import compute_dtype, rank_gram
 from curvopt.functional.outer import cosine_rows
 from curvopt.functional.plan import mapped
 from curvopt.functional.update import Hyper, Undecayed, apply_delta
@@ -29,6 +29,7 @@ from curvopt.optim.checking import as_scalar
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BASIS = "outer_basis"
+FULL = "full"
 PERIODIC = ("factor_every", "inverse_every", "reproject_every")
 
 
@@ -64,6 +65,11 @@ class Block:
     def basis(self) -> Tensor | None:
         """V of the outer factors ``[L, k, n]`` or ``[L, m, k]``; None without them."""
         return self.wide.get(BASIS)
+
+    @property
+    def full(self) -> Tensor | None:
+        """The parameters ``[L, m, n]`` where the module holds no more than a part of them; None elsewhere."""
+        return self.wide.get(FULL)
 
     @property
     def rank_dim(self) -> int:
@@ -241,8 +247,15 @@ class Bucket:
         missing = sum(g is None for g in self.grads)
         return 0 < missing < len(self.grads)
 
-    def begin(self, name: str, make: Callable[["Bucket", str], tuple[Any, list[Any]]]) -> None:
+    def begin(
+        self,
+        name: str,
+        make: Callable[["Bucket", str], tuple[Any, list[Any]]],
+        prepare: Callable[["Bucket"], None] | None = None,
+    ) -> None:
         """Choose the plan called ``name``, made by ``make`` where there is none yet, and give it the gradients.
+
+        ``prepare`` may change ``grads``, by then in the layout of the state, before the plan takes them.
 
         Raises:
             ValueError: a parameter has another dtype or device than its state.
@@ -261,6 +274,8 @@ class Bucket:
         h.beta1, h.beta2 = g["betas"]
         if not self._plain:
             self.grads = [X for block in self.blocks for X in block.pieces(self.grads[block.rows])]
+        if prepare is not None:
+            prepare(self)
         if name not in self._plans or not self._plans[name][0].load(self.grads):
             self._plans[name] = make(self, name)
             self._plans[name][0].load(self.grads)
@@ -278,8 +293,9 @@ class Bucket:
         """Run the update and let go of the gradients."""
         self.plan.step(found_inf)
         for block, slab in zip(self.blocks, self.slabs, strict=True):
-            if block.shards is not None and block.shards.sharded_on_rank:  # see `on_pieces`
-                apply_delta(block.matrices(), self.hyper, block.as_held(torch.stack(slab.params)), found_inf)
+            if block.full is None and block.shards is not None and block.shards.sharded_on_rank:  # see `on_pieces`
+                delta = block.as_held(torch.stack(slab.params)).to(self.compute_dtype)
+                apply_delta(block.matrices(), self.hyper, delta, found_inf)
                 torch._foreach_zero_(slab.params)
         self.state["skipped"].add_(found_inf)
         self.plan.release()
@@ -311,6 +327,14 @@ class Bucket:
             own = [None if X is None else X[block.rows] for X in (M, k)]
             X = mapped(own[0], block.weights(), own[1], block.rank_dim)
             block.assign(X if finish is None else finish(block, X))
+
+    def weight_grams(self) -> Tensor:
+        """Return X Xᵀ of the parameters on the rank side ``[T, r, r]``, of what this process holds of the columns."""
+        if self.blocks[0].shards is None:
+            made: Tensor = self.plan.grams("params")
+            return made
+        X = [block.weights().to(self.compute_dtype) for block in self.blocks]
+        return torch.cat([rank_gram(x, block.rank_dim) for block, x in zip(self.blocks, X, strict=True)])
 
     # ------------------------------------------------------------------ periodic work
 
@@ -378,6 +402,17 @@ class Bucket:
         self.state["cadence"][1 + i] = value
 
 
+def sum_over_pieces(buckets: Sequence[Bucket], grams: Sequence[Tensor]) -> None:
+    """Sum, in place, Gram matrices ``[T, r, r]`` of buckets over the processes that share their matrices."""
+    shared: dict[Any, list[Tensor]] = {}
+    for bucket, G in zip(buckets, grams, strict=True):
+        shards = bucket.blocks[0].shards
+        if shards is not None and shards.group is not None:
+            shared.setdefault(shards.group, []).append(G)
+    for group, pieces in shared.items():
+        all_reduce_grams(pieces, group)
+
+
 def bucket_key(side: Side, state: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what sides must share to be in one bucket: settings, rank, dtype, device, layout, history."""
     p, shards = side.param, side.shards
@@ -396,8 +431,11 @@ def on_pieces(block: Block, hyper: Hyper, dtype: torch.dtype) -> tuple[list[Tens
     """Return the matrices and settings that a rule works on.
 
     Matrices split along their rank are not at hand in the layout of the state: the rule then works on zeros, without
-    decay, and what it adds to them is the update, which `Bucket.step` brings to the parameters.
+    decay, and what it adds to them is the update, which `Bucket.step` brings to the parameters. Parameters that are
+    kept in the state are at hand there.
     """
+    if block.full is not None:
+        return list(block.full.unbind()), hyper
     if block.shards is None or not block.shards.sharded_on_rank:
         return block.matrices(), hyper
     return list(torch.zeros_like(block.exp_avg, dtype=dtype).unbind()), Undecayed(hyper)

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvopt.distributed import is_sharded, world_size
+from curvopt.distributed import is_sharded, placed_like, reshard, world_size
 from curvopt.lora import find_lora_pairs
+from curvopt.lora.pairs import LARGEST_RANK
 
 
 class ParameterLocator:
@@ -55,7 +55,7 @@ class ParameterLocator:
         Returns:
             Whether the groups have the parameters of all ``sides``, which are brought up to date.
         """
-        self._reshard()
+        reshard(self._model)
         mine = {p for g in groups for p in g["params"]}
         for g in groups:
             for i, p in enumerate(g["params"]):
@@ -65,7 +65,7 @@ class ParameterLocator:
                 g["params"][i] = now
                 kept = state.pop(p, None)
                 if kept is not None and now.shape == p.shape:
-                    moments = {key: _placed_like(now, v) for key, v in kept.items() if key.startswith("exp_avg")}
+                    moments = {key: placed_like(now, v) for key, v in kept.items() if key.startswith("exp_avg")}
                     state[now] = {**kept, **moments}
                 if p.grad is not None and now.grad is None and not p.grad.any():
                     now.grad = torch.zeros_like(now)
@@ -106,26 +106,6 @@ class ParameterLocator:
         at = self._at.get(p)
         now = None if at is None else at[0]._parameters.get(at[1])
         return p if now is None or (is_sharded(p) and not is_sharded(now)) else now
-
-    def _reshard(self) -> None:
-        """Let FSDP2 put its sharded parameters in place, where the unsharded ones still are."""
-        if self._model is None or not (dist.is_available() and dist.is_initialized()):
-            return
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-
-def _placed_like(p: Tensor, value: Tensor) -> Tensor:
-    """Return state of the whole of ``p`` as a DTensor where ``p`` is one now."""
-    if not is_sharded(p) or is_sharded(value):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    whole: Tensor = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-    return whole
 
 
 def trainable(model: nn.Module, adapter: str | None) -> list[Tensor]:
@@ -175,3 +155,10 @@ def describe_names(groups: list[dict[str, Any]]) -> str:
     if not names:
         return "the parameters have no names, so A and B cannot be told apart"
     return f"among {len(names)} named parameters ({', '.join(names[:3])}, ...) none are named like lora_A and lora_B"
+
+
+def describe_shapes(groups: list[dict[str, Any]]) -> str:
+    """One line on the shapes of the parameters, for the error "no pair found"."""
+    shapes = [str(tuple(p.shape)) for g in groups for p in g["params"]]
+    shown = ", ".join(shapes[:3]) + (", ..." if len(shapes) > 3 else "")
+    return f"no tensor has a dimension of at most {LARGEST_RANK} that is less than half of the other, got {shown}"

@@ -5,6 +5,7 @@ import processes
 import pytest
 import torch.distributed as dist
 from processes import ALL, made, odd32, odd64
+from torch.distributed._composable.replicate_with_fsdp import replicate  # there is no public way to it yet
 from torch.distributed.tensor import Shard
 
 STEPS = range(10)
@@ -62,6 +63,7 @@ def job(worlds, everybody):
         two, *SCENARIOS[name], wrap=lambda m: processes.shard(m, two.mesh, shard_placement_fn=last)
     )
     found["hybrid"] = sharded(four, *SCENARIOS[name], wrap=lambda m: processes.shard(m, everybody))
+    found["replicated"] = sharded(two, *SCENARIOS[name], wrap=lambda m: replicate(m, mesh=two.mesh))
     dist.barrier()
     return found
 
@@ -97,13 +99,13 @@ def test_sharded_processes_are_one(found, alone, name, size):
         assert_agrees(process[name, size], alone(name), exact=name.endswith("-64"))
 
 
-@pytest.mark.parametrize("way", ["columns", "hybrid"])
+@pytest.mark.parametrize("way", ["columns", "hybrid", "replicated"])
 def test_other_ways_of_sharding(found, alone, way):
     for process in found:
-        assert_agrees(process[way], alone("momentum-64"), exact=True)
+        assert_agrees(process[way], alone("momentum-64"), True, "Replicate" if way == "replicated" else "Shard")
 
 
-def assert_agrees(run, expected, exact):
+def assert_agrees(run, expected, exact, placement="Shard"):
     """Assert that a sharded run is the one of a single process, and that its moments are sharded."""
     (got, live, placed), (want, ranks) = run, expected
     assert got.keys() == want.keys() and live == ranks
@@ -114,7 +116,7 @@ def assert_agrees(run, expected, exact):
         # rounding of sums over pieces in float32, through the roots of the outer factors: a hundredth of a step of 1e-2
         models.assert_near(*params, rtol=1e-6, atol=1e-4)
     moments = {name: at for name, at in placed.items() if "/exp_avg" in name or "/outer_basis" in name}
-    assert moments and all("Shard" in at for at in moments.values())
+    assert moments and all(placement in at for at in moments.values())
     assert all(at == "" for name, at in placed.items() if name not in moments)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import models
@@ -14,7 +13,7 @@ from processes import ALL, grit, odd, odd32, odd64, plain
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
+from curvopt import GritKFAC
 from curvopt.lora import resize_adapter
 
 STEPS = range(10)
@@ -71,9 +70,6 @@ def refused(world, everybody):
     with pytest.raises(ValueError, match="A of first must be split over one mesh dimension"):
         GritKFAC(twice, require_pairs=False).step()
     models.assert_same(before, processes.snapshot(model))
-    for other in (MatryoshkaScaledAdam, partial(GoRAInit, rank=2, min_rank=1, max_rank=4)):
-        with pytest.raises((RuntimeError, ValueError), match="sharded"):
-            processes.fit(model, other(model), range(2), world.rank, world.size)
 
 
 def accumulated(world):
@@ -146,6 +142,16 @@ def halves(world=None):
     return processes.snapshot(model), optimizer.ranks()
 
 
+def bare(world=None):
+    """Sharded tensors without names, each LoRA matrix by its shape."""
+    model = models.mlp(width=10, r=4)
+    if world is not None:
+        processes.shard(model, world.mesh)
+    optimizer = GritKFAC([p for p in model.parameters() if p.requires_grad], lr=3e-3, low_rank="shape")
+    processes.fit(model, optimizer, STEPS, *(() if world is None else (world.rank, world.size)))
+    return processes.snapshot(model, optimizer), len(optimizer.sides)
+
+
 def documented(folder):
     """Run the examples of the docs in every process; return what they left."""
     os.chdir(folder)
@@ -157,8 +163,11 @@ def documented(folder):
         namespace = {**start, "model": models.llama(), "fresh_model": models.llama()}
         exec(source, namespace)
         left.append(processes.snapshot(namespace["model"]))
-    for source in EXAMPLES[2:]:  # they go on with the sharded model
+    for source in EXAMPLES[2:4]:  # they go on with the sharded model
         exec(source, namespace)
+    calibrated = {**start, "model": models.llama()}
+    exec(EXAMPLES[4], calibrated)
+    assert calibrated["optimizer"].ready and calibrated["optimizer"].delegate is not None
     left.append(processes.snapshot(namespace["fresh_model"]))
     return [{name: t for name, t in snapshot.items() if "lora_" in name} for snapshot in left]
 
@@ -171,6 +180,7 @@ def job(worlds, everybody, folder):
             for name, kwargs in BYTES.items():
                 found["bytes", name, size] = bytes_sent(world, patch, kwargs)
             found["halves", size] = halves(world)
+            found["bare", size] = bare(world)
     four = worlds[4]
     found |= {way.__name__: way(four) for way in (accumulated, midway, handed_over)}
     found["documented"] = documented(folder)
@@ -208,9 +218,18 @@ def test_bfloat16_with_masks(found, size):
         models.assert_near(got, want, rtol=2**-7, atol=2**-10)  # sums in another order tip a rounding now and then
 
 
+@sizes
+def test_tensors_without_names(found, size):
+    want, sides = bare()
+    for process in found[:size]:
+        got, own = process["bare", size]
+        assert own == sides == 7  # B of the third layer is (6 × 3)
+        models.assert_near(got, want, rtol=1e-8, atol=1e-10)
+
+
 def test_examples_of_the_docs(found):
     """Every way trains the same: batches are the same in all processes."""
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     model = models.llama()
     before = models.snapshot(model)
     optimizer = GritKFAC(model, lr=5e-3)

@@ -1,4 +1,4 @@
-"""Bare tensors, as sd-scripts and torchtune's recipes hand them over: pairs found by shape, trained as by name."""
+"""Bare tensors, as sd-scripts and torchtune's recipes hand them over, with options that may be strings."""
 
 import importlib
 
@@ -9,9 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import curvopt
-from curvopt.integrations.by_shape import GritKFAC, name_by_shape
-
-SETTINGS = {"lr": 1e-2, "inverse_every": 2}
+from curvopt.integrations.by_shape import GritKFAC
 
 
 class Network(nn.Module):
@@ -56,25 +54,25 @@ class Network(nn.Module):
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_it_trains_as_by_name(plus):
-    """As sd-scripts calls it: the class by its dotted path, groups, lr and what literal_eval made of the options."""
+    """As sd-scripts calls it: the class by its dotted path, groups, lr and options that may be strings."""
     ends = []
     for how in ("shape", "name"):
         network = Network()
         if how == "shape":
             path, _, name = "curvopt.integrations.by_shape.GritKFAC".rpartition(".")
             cls = getattr(importlib.import_module(path), name)
-            optimizer = cls(network.groups(plus), lr=1e-2, inverse_every=2, update="eigen")
+            optimizer = cls(network.groups(plus), lr=1e-2, outer_rank="4", betas="0.8,0.9")
+            assert len(optimizer.sides) == 4 and optimizer.pairs == []
         else:
             named = list(network.loras.named_parameters())
             groups = [
                 {"params": [entry for entry in named if (not plus) or ("lora_up" in entry[0]) == up], "lr": lr}
                 for up, lr in ((False, 1e-2), (True, 4e-2))[: 1 + plus]
             ]
-            optimizer = curvopt.GritKFAC(groups, inverse_every=2, update="eigen", statistics="gradient")
-        assert len(optimizer.pairs) == 2
-        losses = models.fit(network, optimizer, 6)
-        assert losses[0] == losses[0] and optimizer.param_groups[0]["statistics"] == "gradient"
-        ends.append(models.snapshot(network))
+            optimizer = curvopt.GritKFAC(groups, outer_rank=4, betas=(0.8, 0.9))
+            assert len(optimizer.pairs) == 2
+        models.fit(network, optimizer, 6)
+        ends.append(models.snapshot(network, optimizer))
     models.assert_same(*ends)
 
 
@@ -91,44 +89,41 @@ def test_control_in_its_warm_up_it_is_adamw(plus):
     assert models.differences(models.snapshot(other), ends[1]) != []
 
 
+def test_strings_are_parsed_and_errors_clear():
+    network = Network()
+    options = {"lr": "1e-2", "betas": "0.8,0.9", "rank_threshold": "None", "maximize": "True", "low_rank": "shape"}
+    group = GritKFAC(network.groups(False), **options).param_groups[0]
+    assert (group["betas"], group["lr"], group["rank_threshold"], group["maximize"]) == ((0.8, 0.9), 1e-2, None, True)
+    with pytest.raises(ValueError, match="damping must be a number"):
+        GritKFAC(network.groups(False), damping="some")
+    with pytest.raises(ValueError, match="maximize must be True or False, got 'maybe'"):
+        GritKFAC(network.groups(False), maximize="maybe")
+    with pytest.raises(ValueError, match="update must be one of 'polar'"):
+        GritKFAC(network.groups(False), update="eigen")
+    with pytest.raises(ValueError, match="no LoRA pair found: no tensor has a dimension of at most 128"):
+        GritKFAC([nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(5, 7))])
+
+
 def test_model_parameters_in_a_row():
     """As torchtune's recipes do: `optimizer_class(model.parameters(), **kwargs)`, frozen weights among them."""
-    model = models.mlp()
-    optimizer = GritKFAC(model.parameters(), **SETTINGS)
-    wanted = {(pair.A, pair.B) for pair in curvopt.find_lora_pairs(model)}
-    assert {(pair.A, pair.B) for pair in optimizer.pairs} == wanted and len(wanted) == 4
+    model = models.mlp(width=8, r=3)
+    optimizer = GritKFAC(model.parameters(), lr=1e-2)
+    wanted = {p for pair in curvopt.find_lora_pairs(model) for p in (pair.A, pair.B)}
+    assert {side.param for side in optimizer.sides} == wanted and len(wanted) == 8
     assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(1 for _ in model.parameters())
     before = models.snapshot(model)
     models.fit(model, optimizer, 4)
     moved = set(models.differences(before, models.snapshot(model)))
     assert {name for name in before if "lora" in name and not name.startswith("idle")} <= moved
-
-
-def test_strings_are_parsed_and_errors_clear():
-    network = Network()
-    optimizer = GritKFAC(network.groups(False), lr="1e-2", betas="0.8,0.9", update="adam", rank_threshold="None")
-    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["lr"] == 1e-2
-    with pytest.raises(ValueError, match="damping must be a number"):
-        GritKFAC(network.groups(False), damping="some")
-    with pytest.raises(ValueError, match="no LoRA pair found"):
-        GritKFAC([nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(5, 7))])
-    assert len(GritKFAC.paper(network.groups(False), 1e-3, min_rank=1).pairs) == 2
-
-
-def test_names():
-    a, b, c = (nn.Parameter(torch.ones(s)) for s in ((2, 8), (6, 2), (9,)))
-    (group,) = name_by_shape([c, a, b])
-    assert [name for name, _ in group["params"]] == ["other0", "pair0.lora_A", "pair0.lora_B"]
-    (group,) = name_by_shape({"params": a} for _ in range(1))
-    assert [name for name, _ in group["params"]] == ["other0"]
+    assert not any("base" in name for name in moved)
 
 
 def test_resume():
     network = Network()
-    optimizer = GritKFAC(network.groups(True), **SETTINGS)
+    optimizer = GritKFAC(network.groups(True), lr=1e-2)
     models.fit(network, optimizer, 3)
     fresh = models.copied_into(network, Network())
-    other = GritKFAC(fresh.groups(True), **SETTINGS)
+    other = GritKFAC(fresh.groups(True), lr=1e-2)
     other.load_state_dict(models.round_trip(optimizer.state_dict()))
     models.fit(network, optimizer, 3, 3), models.fit(fresh, other, 3, 3)
     models.assert_same(models.snapshot(network, optimizer), models.snapshot(fresh, other))

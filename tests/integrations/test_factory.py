@@ -67,7 +67,7 @@ def test_fused_kernels_are_seen_and_gradients_used_instead(caplog):
     model = fused()
     assert "mlp.forward is apply_lora_mlp_swiglu" in fused_lora(model)
     with caplog.at_level(logging.WARNING):
-        optimizer = build_optimizer(model, lr=1e-2)
+        optimizer = build_optimizer(model, lr=1e-2, update="eigen", inverse_every="2")
     assert optimizer.param_groups[0]["statistics"] == "gradient"
     assert "apply_lora_mlp_swiglu" in caplog.text and 'statistics="gradient"' in caplog.text
     models.fit(model, optimizer, 3)
@@ -76,9 +76,25 @@ def test_fused_kernels_are_seen_and_gradients_used_instead(caplog):
 
     plain = models.llama(torch.float64, target_modules=["gate_proj", "up_proj", "down_proj"], start="random")
     assert fused_lora(plain) == ""
-    by_hand = GritKFAC(plain, lr=1e-2, statistics="gradient")
+    by_hand = GritKFAC(plain, lr=1e-2, update="eigen", inverse_every=2, statistics="gradient")
     models.fit(plain, by_hand, 3)
     models.assert_near(models.snapshot(plain), models.snapshot(model), 1e-8, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "statistics"),
+    [
+        ({}, "none"), ({"update": "polar", "reproject_every": "0"}, "none"), ({"reproject_every": "5"}, "gradient"),
+        ({"rank_threshold": "0.9"}, "gradient"), ({"update": "whiten"}, "gradient"),
+        ({"update": "whiten", "statistics": "weight"}, "weight"), ({"statistics": "gradient"}, "gradient"),
+    ],
+)  # fmt: skip
+def test_gradients_are_used_where_factors_are_read(options, statistics, caplog):
+    """The default reads none: it is what it is without fused kernels."""
+    optimizer = build_optimizer(fused(), min_rank=1, **options)
+    assert optimizer.param_groups[0]["statistics"] == statistics and not optimizer.watching
+    warned = statistics == "gradient" and "statistics" not in options
+    assert ("hooks on lora_A would see nothing" in caplog.text) == warned
 
 
 def test_control_hooks_on_fused_layers_stay_silent():
@@ -100,8 +116,8 @@ def test_a_layer_that_unsloth_has_compiled_is_seen():
 
     model = nn.Sequential(Compiled(8, 8, 4))
     assert fused_lora(model) == "0 is computed by unsloth"
-    assert build_optimizer(model).param_groups[0]["statistics"] == "gradient"
-    assert build_optimizer(models.mlp()).param_groups[0]["statistics"] == "none"
+    assert build_optimizer(model, update="eigen").param_groups[0]["statistics"] == "gradient"
+    assert build_optimizer(models.mlp(), update="eigen").param_groups[0]["statistics"] == "activation"
 
 
 def test_optimizers_without_statistics_are_left_alone(caplog):

@@ -71,8 +71,8 @@ def test_yaml_options_are_arguments():
     assert build_optimizer(models.llama(), options.pop("name"), **options).param_groups[0]["lr"] == 5e-3
     options = torchtune["optimizer"]
     path, _, name = options.pop("_component_").rpartition(".")
-    optimizer = getattr(importlib.import_module(path), name)(models.mlp().parameters(), **options)
-    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99) and len(optimizer.pairs) == 4
+    optimizer = getattr(importlib.import_module(path), name)(models.mlp(width=8, r=3).parameters(), **options)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99) and len(optimizer.sides) == 8
 
 
 def test_option_strings_are_arguments():
@@ -82,9 +82,13 @@ def test_option_strings_are_arguments():
     swift = said[said.index("--optim_args") + 1]
     assert parse_options(swift, GritKFAC) == {"reproject_every": 20, "rank_threshold": 0.99}
     kohya = said[said.index("--optimizer_args") + 1 :]
-    assert parse_options(kohya, GritKFAC) == {"reproject_every": 20, "update": "polar", "betas": (0.9, 0.99)}
+    options = {"outer_rank": 8, "weight_decay": 0.01, "betas": (0.9, 0.99)}
+    assert parse_options(kohya, GritKFAC) == options
     path, _, name = said[said.index("--optimizer_type") + 1].rpartition(".")
-    assert issubclass(getattr(importlib.import_module(path), name), curvopt.GritKFAC)
+    cls = getattr(importlib.import_module(path), name)
+    assert issubclass(cls, curvopt.GritKFAC)
+    group = cls(models.mlp(width=8, r=3).parameters(), **dict(word.split("=") for word in kohya)).param_groups[0]
+    assert {key: group[key] for key in options} == options
     assert "curvopt.integrations.ms_swift" in TEXT
 
 

@@ -1,6 +1,8 @@
 """The Trainer callback and the factory."""
 
+import dataclasses
 import json
+import logging
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import models
 import pytest
 import torch
 from loopkit_frameworks import arguments
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
 from curvopt.integrations.transformers import CurvatureCallback, OptimizerFactory, mask_padding
@@ -206,6 +208,34 @@ def test_the_factory_takes_the_trainer_s_arguments(tmp_path):
     assert {p.ndim for p in plain["params"]} == {1} and all(p.ndim >= 2 for p in decays["params"])
     found = sum(len(g["params"]) for g in optimizer.param_groups)
     assert found == sum(p.requires_grad for p in model.parameters()) == 28 + 1 + 5  # lm_head and five norms
+
+
+@pytest.mark.parametrize(
+    ("said", "kwargs", "betas", "logged"),
+    [
+        ({}, {}, (0.7, 0.99), True),
+        ({"adam_beta1": 0.9, "adam_beta2": 0.999}, {}, (0.7, 0.99), True),  # nothing tells it from the default
+        ({"adam_beta2": 0.95}, {}, (0.9, 0.95), False),
+        ({}, {"betas": (0.9, 0.999)}, (0.9, 0.999), False),
+        ({"adam_beta2": 0.95}, {"betas": "0.8,0.9"}, (0.8, 0.9), False),
+        ({}, {"optimizer": "matryoshka"}, (0.9, 0.999), True),
+    ],
+)
+def test_betas_of_the_arguments_are_taken_where_they_are_a_choice(tmp_path, caplog, said, kwargs, betas, logged):
+    with caplog.at_level(logging.INFO, "curvopt"):
+        optimizer = OptimizerFactory()(models.llama(), args=arguments(str(tmp_path), **said), **kwargs)
+    assert optimizer.param_groups[0]["betas"] == betas
+    assert ("betas: the optimizer's own" in caplog.text) == logged
+
+
+def test_a_class_of_arguments_may_have_other_defaults(tmp_path):
+    @dataclasses.dataclass
+    class Other(TrainingArguments):
+        adam_beta2: float = 0.95
+
+    for said, betas in (({}, (0.7, 0.99)), ({"adam_beta2": 0.999}, (0.9, 0.999))):
+        args = Other(str(tmp_path), report_to=[], use_cpu=True, **said)
+        assert OptimizerFactory()(models.llama(), args=args).param_groups[0]["betas"] == betas
 
 
 def test_what_is_said_outright_wins(tmp_path):

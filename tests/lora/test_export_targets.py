@@ -1,7 +1,7 @@
 """Adapters written for programs that read less than PEFT: what each computes from the files is what the model has.
 
-The readers below are the arithmetic of each program's loader as its source or documentation has it, over the files
-alone: vLLM 0.33, SGLang 0.5.23, TensorRT-LLM 1.0, llama.cpp (``convert_lora_to_gguf.py`` and ``llama-adapter``).
+The readers below are the arithmetic of each program's loader as documented in November 2026, over the files alone:
+vLLM, SGLang, TensorRT-LLM, llama.cpp (``convert_lora_to_gguf.py`` and ``llama-adapter``), none of which was run.
 diffusers and PEFT's hotswap are run themselves.
 """
 

@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvopt.distributed import all_reduce_sums, world_size
+from curvopt.distributed import (
+    all_reduce_sums,
+    is_sharded,
+    local,
+    used_directions,
+    whole,
+    world_size,
+)
 from curvopt.functional import compute_dtype
 from curvopt.functional.gradient_init import compressed_start, frobenius, mean_abs, nuclear, step_size
 from curvopt.functional.ranks import RankPlan, allocate
@@ -21,6 +28,7 @@ from curvopt.lora.gradients import (
     layer_shape,
     rows_of,
     write_columns,
+    write_rows,
 )
 from curvopt.optim.gora.products import FACTORS, Products
 
@@ -137,7 +145,7 @@ class Calibration:
                 self.known[pair] = self.seen.get(pair, torch.zeros((), dtype=torch.float32)).clone()
 
     def _record_b(self) -> None:
-        live = [(pair, pair.B.grad) for pair in self.pairs if pair.B.grad is not None]
+        live = [(pair, whole(pair.B.grad)) for pair in self.pairs if pair.B.grad is not None]
         if not live:
             return
         flags = [(~grad.isfinite().all()).to(self.skipped.device) for _, grad in live]
@@ -157,11 +165,11 @@ class Calibration:
         Returns:
             How many pairs that concerned; if any, what was summed is forgotten.
         """
-        turned = [pair for pair in self.pairs if self.capture is None and not pair.A.any()]
+        turned = empty(self.pairs) if self.capture is None else []
         for pair in turned:
             draw_rows(pair, generator)
         for pair in (anew := [*changed, *turned]):
-            pair.B.data.zero_()
+            local(pair.B.detach()).zero_()
         if anew:
             self.forget()
         return len(anew)
@@ -302,11 +310,12 @@ class Calibration:
         return list((values / world_size(self._group)).unbind())
 
     def _importance(self, pair: LoraPair, generator: torch.Generator | None) -> Tensor:
+        W = base_weight(pair) if self.importance == "mean_abs" else None  # of all processes, where it is sharded
         if "gradient" not in self.sums.get(pair, {}):
             return torch.zeros((), dtype=torch.float64)
         G = self.mean(pair)
-        if self.importance == "mean_abs":
-            return mean_abs(base_weight(pair).to(G.device), G)
+        if W is not None:
+            return mean_abs(W.to(G.device), G)
         return nuclear(G, generator=generator) if self.importance == "nuclear" else frobenius(G)
 
     def settled(self, tolerance: float, generator: torch.Generator | None) -> bool:
@@ -331,31 +340,29 @@ class Calibration:
         for pair in pairs:
             if g["resize"]:
                 resize_pair(pair, ranks[pair.name], keep_scaling=g["keep_scaling"], generator=generator)
-            if not pair.A.any():
-                draw_rows(pair, generator)
-        share_rows(pairs, self._group)
-        starts = {}
+        for pair in empty(pairs):
+            draw_rows(pair, generator)
+        share([pair.A.data for pair in pairs if not is_sharded(pair.A)], self._group)
+        starts, rows = {}, {}
         for pair in pairs:
             if g["start"] == "gora":
                 starts[pair] = self._start(pair, ranks[pair.name], before[pair])
             else:
-                self._whiten(pair, ranks[pair.name], g["start"] == "whitened")
+                rows[pair] = self._whitened(pair, ranks[pair.name], g["start"] == "whitened")
                 starts[pair] = torch.zeros(layer_shape(pair)[1], ranks[pair.name], device=pair.B.device)
             self.sums.pop(pair, None)
-        if g["start"] != "gora":
-            share_rows(pairs, self._group)  # decompositions of equal numbers may differ by rounding
+        share(list(rows.values()), self._group)  # decompositions of equal numbers may differ by rounding
+        for pair, own in rows.items():
+            write_rows(pair, own)
         return starts
 
-    def _whiten(self, pair: LoraPair, rank: int, aimed: bool) -> None:
-        """Write A's start into its first rows: Vᵀ R_x, or the rows that are there times R_x; the norm stays."""
+    def _whitened(self, pair: LoraPair, rank: int, aimed: bool) -> Tensor:
+        """Return A's start ``(rank, d_in)``: Vᵀ R_x, or the rows that are there times R_x; the norm stays."""
         A, (R_x, _) = rows_of(pair)[:rank], self.products.maps[pair]
         if aimed:
             sigma, V = self.spectrum(pair)
-            new = whitened_rows(V, sigma, A, R_x)
-        else:
-            new = scaled_like(R_x(A.double()), A.double())
-        place = pair.A.data.movedim(pair.dim_A, 0)[:rank]
-        place.copy_(new.reshape(place.shape))
+            return whitened_rows(V, sigma, A, R_x)
+        return scaled_like(R_x(A.double()), A.double())
 
     def _start(self, pair: LoraPair, rank: int, scaling: float) -> Tensor:
         """B₀ from the first rows of A as they are now; ``scaling`` is s at the time of the gradients."""
@@ -372,14 +379,21 @@ def write_start(pair: LoraPair, start: Tensor, init_lr: float) -> None:
     """
     r = start.shape[1]
     write_columns(pair, torch.nn.functional.pad(init_lr * start, (0, pair.rank - r)))
-    pair.A.data.movedim(pair.dim_A, 0)[r:].zero_()
+    if r < pair.rank:
+        write_rows(pair, rows_of(pair)[:r])
 
 
-def share_rows(pairs: Sequence[LoraPair], group: dist.ProcessGroup | None) -> None:
-    """Give every process the A of the first."""
+def empty(pairs: Sequence[LoraPair]) -> list[LoraPair]:
+    """Return the pairs whose A is zero; reads the device."""
+    used = used_directions([pair.A for pair in pairs], [pair.dim_A for pair in pairs])
+    return [pair for pair, own in zip(pairs, used, strict=True) if not own.any()]
+
+
+def share(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Give every process the tensors of the first, in place."""
     if world_size(group) == 1:
         return
     if dist.get_rank(group) != 0:
-        for pair in pairs:
-            pair.A.data.zero_()
-    all_reduce_sums([pair.A.data for pair in pairs], group)
+        for tensor in tensors:
+            tensor.zero_()
+    all_reduce_sums(tensors, group)

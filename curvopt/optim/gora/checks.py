@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from curvopt.distributed import is_sharded, used_directions
 from curvopt.functional.ranks import ALLOCATIONS, BUDGET_WEIGHTS
 from curvopt.lora import LoraPair
 from curvopt.lora.gradients import base_layer, layer_shape
@@ -69,6 +70,12 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
     wrapped = isinstance(model, DistributedDataParallel)
     allowed = "False around DistributedDataParallel, which keeps the shapes; or calibrate first and wrap afterwards"
     check("resize", g["resize"], not (g["resize"] and wrapped), allowed)
+    sharded = any(is_sharded(p) for pair in pairs for p in (pair.A, pair.B))
+    allowed = (
+        "False where parameters are sharded (fully_shard), of adapters that are built with max_rank directions; or "
+        "calibrate first and shard then"
+    )
+    check("resize", g["resize"], not (g["resize"] and sharded), allowed)
     for pair in pairs:
         named = pair.module is not None or (g["importance"] == "grad_b" and g["start"] == "gora")
         allowed = f"'grad_b' where parameters come without their model ({pair.name})"
@@ -86,14 +93,14 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
 def check_start(g: dict[str, Any], pairs: Sequence[LoraPair]) -> list[LoraPair]:
     """Return the pairs whose B A is not zero; reads the device. ValueError if they must be zero, or are too small."""
     for pair in pairs:
-        whole = not hasattr(pair.B, "full_tensor")
-        check(f"B of {pair.name}", type(pair.B).__name__, whole, "a plain tensor: calibrate before sharding")
         kept = g["importance"] == "grad_b" or not g["resize"]
         most = min(largest_rank(g), *layer_shape(pair))
         allowed = f"at most the rank built if importance is 'grad_b' or resize is False ({pair.name}: {pair.rank})"
         check("max_rank", g["max_rank"], not kept or most <= pair.rank, allowed)
         check(f"scaling of {pair.name}", pair.scaling, pair.scaling != 0, "a number other than 0")
-    full = torch.stack([(pair.A.any() & pair.B.any()).to(pairs[0].B.device) for pair in pairs]).tolist()
+    A = used_directions([pair.A for pair in pairs], [pair.dim_A for pair in pairs])
+    B = used_directions([pair.B for pair in pairs], [pair.dim_B for pair in pairs])
+    full = torch.stack([(a.any() & b.any()).to(pairs[0].B.device) for a, b in zip(A, B, strict=True)]).tolist()
     changed = [pair for pair, both in zip(pairs, full, strict=True) if both]
     if changed and not g["reset"]:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvopt.distributed import all_reduce_sums, world_size
+from curvopt.distributed import all_reduce_sums, reshard, world_size
 from curvopt.functional.ranks import RankPlan
 from curvopt.lora import LoraPair, find_lora_pairs, resize_pair
 from curvopt.lora.hooks import Watch
@@ -23,6 +23,7 @@ def best_of(
     starts: Mapping[LoraPair, Tensor],
     closure: Callable[[], Any],
     group: dist.ProcessGroup | None,
+    model: nn.Module | None,
 ) -> float:
     """Return the lr₀ of ``grid`` with the least loss, averaged over processes; the smallest if none is finite.
 
@@ -30,6 +31,7 @@ def best_of(
     """
     losses = []
     for init_lr in grid:
+        reshard(model)
         for pair, start in starts.items():
             write_start(pair, start, init_lr)
         with torch.enable_grad(), torch.random.fork_rng():
@@ -37,6 +39,7 @@ def best_of(
     found = torch.stack(losses)
     all_reduce_sums([found], group)
     found = torch.where(found.isfinite(), found, torch.inf) / world_size(group)
+    reshard(model)
     return grid[int(found.argmin())]
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from curvopt.distributed import reshard
 from curvopt.functional.ranks import Allocation, BudgetWeight, RankPlan
 from curvopt.lora import LoraPair, describe_search
 from curvopt.optim.base import PairedOptimizer
@@ -76,8 +77,8 @@ class GoRAInit(PairedOptimizer):
             numbers pass the learning rate that ``then`` uses.
         keep_scaling: adapters keep their s whatever their rank; False: alpha is kept and s follows the layer's own rank
             (published, with rank-stabilised scaling).
-        resize: False keeps all shapes, for DistributedDataParallel around the model: unused directions are zero in
-            both matrices, and ``max_rank`` must not exceed the rank of the adapters.
+        resize: False keeps all shapes, for a model inside DistributedDataParallel or FSDP2: unused directions are zero
+            in both matrices, and ``max_rank`` must not exceed the rank of the adapters.
         reset: set B to zero at the first step if it is not, instead of raising an error; that batch is not counted.
         generator: source of new rows of A and of the random vectors of ``"nuclear"``; None: torch's global one.
         process_group: processes to average over; None for the default group, if there is one.
@@ -204,7 +205,7 @@ class GoRAInit(PairedOptimizer):
         grads = {p: p.grad for p in model.parameters()}
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         devices = {p.device.index for p in grads if p.device.type == "cuda"}
-        probe = _Probe(model, **settings)
+        probe = _Probe(model, **{**settings, "resize": False})  # nothing is changed, so anything may be looked at
         try:
             with torch.random.fork_rng(devices=list(devices)):
                 for batch in batches:
@@ -270,7 +271,7 @@ class GoRAInit(PairedOptimizer):
             raise ValueError("init_lr='auto' evaluates the loss again: call step(closure), or give a number")
         loss = self._evaluate(closure)
         with torch.no_grad():
-            if self._steps == 0 and not self._begin():
+            if self._replaced() or (self._steps == 0 and not self._begin()):
                 return loss
             self._calibration.record()
             self._steps += 1
@@ -280,6 +281,22 @@ class GoRAInit(PairedOptimizer):
             if self._steps >= g["calibration_steps"] or (settled and self._steps >= AT_LEAST):
                 self._finish(closure)
         return loss
+
+    def _replaced(self) -> bool:
+        """Take parameters that were put in place of ours (fully_shard); returns whether there were any.
+
+        No hook has told of their gradients, so that the batch does not count.
+        """
+        reshard(self._model)
+        if not self._locator.moved(iter(())):
+            return False
+        self._follow()
+        self._check_pairs()
+        if self._calibration.capture is not None:
+            self._calibration.capture.discard()
+            self._calibration.capture.attach()
+        log.info("parameters were replaced since the last step; this batch is not counted")
+        return True
 
     def _begin(self) -> bool:
         """See that every adapter adds nothing yet; returns whether this batch counts."""
@@ -304,7 +321,7 @@ class GoRAInit(PairedOptimizer):
         if init_lr == "auto" and g["start"] != "gora":
             init_lr = 0.0  # B is zero
         elif init_lr == "auto" and closure is not None:
-            init_lr = handover.best_of(self.GRID, starts, closure, self._process_group)
+            init_lr = handover.best_of(self.GRID, starts, closure, self._process_group, self._model)
             super().zero_grad()
         for pair, start in starts.items():
             write_start(pair, start, init_lr)

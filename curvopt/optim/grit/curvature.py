@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvopt.distributed import all_reduce_grams, world_size
-from curvopt.functional import compute_dtype, rank_gram
+from curvopt.functional import compute_dtype
 from curvopt.functional.update import RULES, Rule
 from curvopt.lora import Capture, LoraPair
 from curvopt.lora.capture import Store
 from curvopt.ops import Ops
 from curvopt.optim.base import Side
-from curvopt.optim.bucket import Bucket
+from curvopt.optim.bucket import Bucket, sum_over_pieces
 from curvopt.optim.grit import outer
 
 # one observation per side of a bucket [T, r, r], and the rows behind each [T]; NaN for a pair that was not observed
@@ -257,7 +257,7 @@ def from_gradients(curvature: Curvature, buckets: Sequence[Bucket]) -> list[Obse
 
 def from_weights(curvature: Curvature, buckets: Sequence[Bucket]) -> list[Observation]:
     """S_u → A Aᵀ and S_d → BᵀB: Riemannian preconditioned LoRA (arXiv 2402.02347). One row a step."""
-    return _paired(buckets, [_weight_grams(b) for b in buckets], {"A": "u", "B": "d"})
+    return _paired(buckets, [b.weight_grams() for b in buckets], {"A": "u", "B": "d"})
 
 
 SOURCES = {
@@ -271,23 +271,9 @@ SOURCES = {
 }
 
 
-def _weight_grams(bucket: Bucket) -> Tensor:
-    if bucket.blocks[0].shards is None:
-        made: Tensor = bucket.plan.grams("params")
-        return made
-    X = [block.weights().to(bucket.compute_dtype) for block in bucket.blocks]
-    return torch.cat([rank_gram(x, block.rank_dim) for block, x in zip(bucket.blocks, X, strict=True)])
-
-
 def _paired(buckets: Sequence[Bucket], grams: list[Tensor], which: dict[str, str]) -> list[Observation]:
     """Return the Gram matrices ``[T, r, r]`` where each side wants them: its own, or those of its pair's other side."""
-    shared: dict[Any, list[Tensor]] = {}
-    for bucket, G in zip(buckets, grams, strict=True):
-        shards = bucket.blocks[0].shards
-        if shards is not None and shards.group is not None:
-            shared.setdefault(shards.group, []).append(G)  # a sum over the rows that this process holds
-    for group, pieces in shared.items():
-        all_reduce_grams(pieces, group)
+    sum_over_pieces(buckets, grams)
     found: dict[tuple[LoraPair, str], Tensor] = {}
     observed = []
     own = all(s.moment() == which[s.name] for b in buckets for s in b.sides)

@@ -14,6 +14,7 @@ from curvopt.lora import LoraPair, resize_pair
 from curvopt.lora.resize import check_resize
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
+from curvopt.optim.checking import check
 from curvopt.optim.grit import diagnostics, outer, reproject, settings
 from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
 from curvopt.optim.grit.factors import OuterFactor, PairFactors, outer_factors, rank_factors
@@ -66,6 +67,10 @@ class GritKFAC(BucketedOptimizer):
         rank_threshold: τ in (0, 1]: keep the smallest number of directions with a share τ of the energy; None keeps
             all.
         min_rank: keep at least so many directions; at most the rank of every pair.
+        low_rank: ``"names"``: A and B are found in the model, or by their names. ``"shape"``, for tensors without
+            names: every matrix whose smaller dimension is at most 128 and less than half of the larger is trained as A
+            or B, with the smaller dimension as its rank, and everything else by AdamW; the choice is logged. This
+            works with ``update="polar"`` without reprojection, which needs no pairs.
         maximize: maximise the loss.
         capturable: steps may be captured in a CUDA graph, after one or more eager ones and with gradients that stay in
             place. A replay repeats what the captured step did: pass ``lr`` (and ``damping``) as tensors, and capture a
@@ -86,6 +91,7 @@ class GritKFAC(BucketedOptimizer):
 
     # what a copy or a pickle starts with: process groups cannot travel
     _process_group: dist.ProcessGroup | None = None
+    _instead = 'Pass the model itself, low_rank="shape" for tensors without names, or require_pairs=False'
     _join_config: Any = None  # by torch's protocol of joinable objects; None outside of Join
     _small = frozenset(
         {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
@@ -108,6 +114,7 @@ class GritKFAC(BucketedOptimizer):
         reproject_every: int | None = None,
         rank_threshold: float | None = None,
         min_rank: int = 4,
+        low_rank: settings.LowRank = "names",
         maximize: bool = False,
         capturable: bool = False,
         model: nn.Module | None = None,
@@ -119,8 +126,10 @@ class GritKFAC(BucketedOptimizer):
             "damping": damping, "reproject_every": reproject_every, "rank_threshold": rank_threshold,
             "min_rank": min_rank,
         }  # fmt: skip
-        others = settings.with_defaults(advanced, [*defaults, "model"])
+        others = settings.with_defaults(advanced, [*defaults, "low_rank", "model"])
         self._process_group = others.pop("process_group")
+        check("low_rank", low_rank, low_rank in settings.LOW_RANK, f"one of {settings.LOW_RANK}")
+        self._low_rank = low_rank
         search = {name: others.pop(name) for name in ("adapter", "backend", "require_pairs")}
         super().__init__(params, defaults | others, model=model, **search)
 
@@ -357,6 +366,8 @@ class GritKFAC(BucketedOptimizer):
     def _check_group(self, g: dict[str, Any]) -> None:
         super()._check_group(g)
         settings.check_group(g)
+        if self._low_rank == "shape":
+            settings.check_alone(g)
 
     def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
         super()._check_edit(before, g)

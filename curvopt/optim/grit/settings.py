@@ -18,9 +18,11 @@ Update = Literal["polar", "eigen", "adam", "whiten", "momentum"]
 Statistics = Literal["auto", "activation", "gradient", "weight", "none"]
 Sides = Literal["kfac", "paper"]
 Reprojection = Literal["balanced", "paper", "paper-one-sided"]
+LowRank = Literal["names", "shape"]
 
 SIDES = get_args(Sides)
 REPROJECTIONS = (*get_args(Reprojection), None)
+LOW_RANK = get_args(LowRank)
 MIN_RANK = 4
 
 # what the groups that hold a pair's A and B must agree on
@@ -124,6 +126,16 @@ def check_group(g: dict[str, Any]) -> None:
         check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, '0 with statistics="none"')
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
+
+
+def check_alone(g: dict[str, Any]) -> None:
+    """Raise a ValueError if a group asks for what a matrix without its partner cannot have."""
+    able = [rule.name for rule in RULES.values() if rule.key is None]
+    because = 'with low_rank="shape": tensors without names have no partner'
+    check("update", g["update"], g["update"] in able, f"one of {', '.join(map(repr, able))} {because}")
+    check("rank_threshold", g["rank_threshold"], g["rank_threshold"] is None, f"None {because}")
+    check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, f"0 {because}")
+    check("statistics", g["statistics"], SOURCES[g["statistics"]].observe is None, f"'none' {because}")
 
 
 def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None:

@@ -8,7 +8,7 @@ the same when a block is computed and when it is recomputed.
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,24 @@ from curvopt.optim.matryoshka.nested_ranks import NestedRanks
 GOLDEN = (5**0.5 - 1) / 2
 
 
+def _nothing() -> None:
+    return None
+
+
 @dataclass(eq=False)
 class _Record:
-    """One pair: gradients that arrived since the last step, and whether its forward was masked since then."""
+    """One pair: gradients that arrived since the last step, and whether its forward was masked since then.
+
+    Attributes:
+        nest: the nested ranks of the pair.
+        counted: weak reference to the parameter whose gradients are counted. In the forward FSDP2 has another in its
+            place, which never has a gradient.
+        arrived: how many there were.
+        masked: whether the forward was.
+    """
 
     nest: NestedRanks
+    counted: Callable[[], Tensor | None] = _nothing
     arrived: int = 0
     masked: bool = False
 
@@ -71,6 +84,7 @@ class SampleMasks:
             if counted.requires_grad:
                 hooks.append(counted.register_post_accumulate_grad_hook(_Arrival(None, weakref.ref(record))))
             self._handles[pair], self._hooked[pair] = hooks, tuple(map(weakref.ref, now))
+            record.counted = weakref.ref(counted)
 
     @property
     def attached(self) -> bool:
@@ -122,8 +136,8 @@ class SampleMasks:
         if not self._active(record):
             return None
         record.masked = True
-        pair = nest.pair
-        if (pair.A if pair.a_trainable else pair.B).grad is None:
+        pair, counted = nest.pair, record.counted()
+        if counted is None or counted.grad is None:
             record.arrived = 0  # gradients were dropped: what follows is the first micro-batch again
         channel = u.ndim - 1 - (pair.A.ndim - 2 if pair.kind == "conv" else 0)
         n = u.shape[0] if channel > 0 else 1

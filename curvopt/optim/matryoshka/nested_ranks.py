@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from curvopt.distributed import used_directions
 from curvopt.functional.nested import (
     SCALES,
     diagonal,
@@ -85,10 +86,9 @@ class NestedRanks:
 
     def check_unused(self) -> None:
         """Raise a ValueError if directions above the largest rank take part in ΔW."""
-        pair, top = self.pair, self.ranks[-1]
-        rest = pair.rank - top
-        A, B = pair.A.detach().narrow(pair.dim_A, top, rest), pair.B.detach().narrow(pair.dim_B, top, rest)
-        used = A.movedim(pair.dim_A, 0).flatten(1).any(1) & B.movedim(pair.dim_B, 0).flatten(1).any(1)
+        pair = self.pair
+        A, B = used_directions((pair.A, pair.B), (pair.dim_A, pair.dim_B))
+        used = (A & B)[self.ranks[-1] :]
         allowed = f"up to {pair.rank} where that many directions are in use ({pair.name})"
         check("ranks", self.ranks, not used.any(), allowed)
 

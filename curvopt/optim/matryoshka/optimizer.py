@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from curvopt.distributed import is_sharded
+from curvopt.distributed import used_directions
 from curvopt.functional.nested import RowSlab, Scale
 from curvopt.lora import LoraPair
 from curvopt.ops import Backend
 from curvopt.optim.base import Side
-from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer, cadence_of
+from curvopt.optim.bucket import FULL, MOMENTS, Block, Bucket, BucketedOptimizer, cadence_of, on_pieces
 from curvopt.optim.checking import check
 from curvopt.optim.matryoshka import nested_ranks as nests
 from curvopt.optim.matryoshka import truncation
@@ -114,7 +114,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
             raise TypeError(f"generator must be None or a torch.Generator on the CPU, got {generator!r}")
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
-        self._whole: dict[LoraPair, Tensor] = {}  # what truncated() took away; empty outside
+        self._before: dict[LoraPair, Tensor] = {}  # what truncated() took away; empty outside
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
             "ranks": ranks, "scale": scale, "nesting": nesting, "full_share": full_share, "warmup_steps": warmup_steps,
@@ -127,7 +127,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns what ``closure`` returned, if given."""
-        if self._whole:
+        if self._before:
             raise RuntimeError(
                 "step() was called inside truncated(), where the model is cut to one of its ranks; call it outside"
             )
@@ -136,8 +136,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for bucket in buckets:
             bucket.tick()
             self._take_back(bucket)
-            self._to_full(bucket)
-            bucket.begin("row", self._make_plan)
+            bucket.begin("row", self._make_plan, self._to_full)
         found_inf = self._found_inf(buckets, others)
         self._enter(buckets, found_inf)  # A ← Q A, once a pair
         for bucket in buckets:
@@ -156,17 +155,17 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         """Return a plan of a bucket and its slabs, for as long as parameters and state stay where they are."""
         slabs = []
         for block in bucket.blocks:
-            full = block.wide.get("full")
+            params, hyper = on_pieces(block, bucket.hyper, bucket.dtype)
             slabs.append(
                 RowSlab(
-                    params=block.matrices() if full is None else list(full.unbind()),
+                    params=params,
                     grads=bucket.grads[block.rows],
                     exp_avg=block.exp_avg,
                     exp_avg_sq=block.exp_avg_sq,
                     step=bucket.state["step"],
                     rank_dim=block.rank_dim,
                     rates=block.sides[0].kind,
-                    hyper=bucket.hyper,
+                    hyper=hyper,
                 )
             )
         return self._ops.plan(name, slabs), slabs
@@ -175,27 +174,37 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         """Take into A what was put into the module from outside since the last step: a best model, a rollback.
 
         The module holds A at one of the trained ranks; which one, its rows that are not zero tell. Rows above keep
-        what the state has. Reads the device, once a bucket.
+        what the state has. Reads the device, once a block.
         """
-        if "full" not in bucket.blocks[0].wide or not bucket.state["step"] > 0:
-            return
-        sides = [(s, full) for b in bucket.blocks for s, full in zip(b.sides, b.wide["full"], strict=True)]
-        held = [s.matrix(s.param.detach()) for s, _ in sides]
-        written = [scaled_rows(full, self._nests[s.pair].rates, s.rank_dim - 1) for s, full in sides]
-        other = torch.stack([(X != Y).any() for X, Y in zip(held, written, strict=True)]).tolist()
-        for (s, full), X, changed in zip(sides, held, other, strict=True):
-            if changed:
-                nest, dim = self._nests[s.pair], s.rank_dim - 1
-                used = int(X.any(1 - dim).nonzero().max()) + 1 if bool(X.any()) else 0
-                nest.drawn = next((rank for rank in nest.ranks if rank >= used), nest.ranks[-1])
-                rates = nest.rates
-                new = scaled_rows(X, [1 / q if q else 0.0 for q in rates], dim)
-                n = sum(q > 0 for q in rates)
+        for block in bucket.blocks if bucket.state["step"] > 0 else ():
+            if block.full is None:
+                continue
+            held, dim = block.weights(), block.rank_dim - 1
+            other = (held != self._at_present(block)).flatten(1).any(1).float()
+            if block.shards is not None:
+                block.shards.sum_(other)
+            for i, changed in enumerate(other.tolist()):
+                if not changed:
+                    continue
+                s, full = block.sides[i], block.full[i]
+                nest = self._nests[s.pair]
+                used = used_directions((s.param,), (dim,))[0].nonzero()
+                top = int(used.max()) + 1 if len(used) else 0
+                nest.drawn = next((rank for rank in nest.ranks if rank >= top), nest.ranks[-1])
+                new = scaled_rows(held[i], [1 / q if q else 0.0 for q in nest.rates], dim)
+                n = sum(q > 0 for q in nest.rates)
                 full.narrow(dim, 0, n).copy_(new.narrow(dim, 0, n))
+
+    def _at_present(self, block: Block) -> Tensor:
+        """Return what the module is to hold of matrices that are kept in the state, ``[L, m, n]``: Q A."""
+        assert block.full is not None
+        dim = block.rank_dim - 1
+        rates = [self._nests[s.pair].rates for s in block.sides]
+        return torch.stack([scaled_rows(full, q, dim) for full, q in zip(block.full, rates, strict=True)])
 
     def _to_full(self, bucket: Bucket) -> None:
         """Take the gradients to those of A where it is kept in the state: ∂L/∂A = Q ∂L/∂Ã."""
-        if "full" in bucket.blocks[0].wide:
+        if bucket.blocks[0].full is not None:
             bucket.grads = [
                 scaled_rows(g, self._nests[s.pair].rates, s.rank_dim - 1)
                 for g, s in zip(bucket.grads, bucket.sides, strict=True)
@@ -206,28 +215,38 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         new = [bucket for bucket in buckets if bucket not in self._entered]
         if not new or any(found_inf[bucket.device] != 0 for bucket in new):
             return
-        if any(is_sharded(p) for bucket in new for p in bucket.params):
-            raise RuntimeError("MatryoshkaScaledAdam does not take sharded parameters (FSDP2)")
-        first = [(s, b) for b in new if b.state["step"] == 0 for s in b.sides]
-        A = {s.pair: s for s, _ in first if s.name == "A"}
-        B = {s.pair: (s, b) for s, b in first if s.name == "B" and not s.pair.B.any()}
-        for pair in (pair for pair in A if pair not in B):  # ΔW as it came is that of the largest rank
-            self._nests[pair].check_unused()
+        first = [(block, bucket) for bucket in new if bucket.state["step"] == 0 for block in bucket.blocks]
+        sides = [s for block, _ in first for s in block.sides]
+        B = [s for s in sides if s.name == "B"]
+        used = used_directions([s.param for s in B], [s.rank_dim - 1 for s in B])
+        fresh = {s.pair for s, own in zip(B, used, strict=True) if not own.any()}
+        for pair in (s.pair for s in sides if s.name == "A" and s.pair not in fresh):
+            self._nests[pair].check_unused()  # ΔW as it came is that of the largest rank
             self._nests[pair].drawn = None
-        for pair, side in A.items():
-            Q = self._nests[pair].rates
-            if "full" in self.state[side.param]:
-                back = [1.0 if pair in B or q == 0 else 1 / q for q in Q]
-                self.state[side.param]["full"].copy_(scaled_rows(side.param, back, pair.dim_A))
-            elif pair in B:
-                side.param.copy_(scaled_rows(side.param, Q, pair.dim_A))
-            if pair in B:
-                s, bucket = B[pair]
-                i = bucket.sides.index(s)
-                bucket.grads[i] = scaled_rows(bucket.grads[i], Q, s.rank_dim - 1)
+        entering = fresh & {s.pair for s in sides if s.name == "A"}
+        for block, bucket in first:
+            if block.sides[0].name == "A":
+                self._start(block, entering)
+                continue
+            for i, s in enumerate(block.sides, block.rows.start):
+                if s.pair in entering:
+                    bucket.grads[i] = scaled_rows(bucket.grads[i], self._nests[s.pair].rates, s.rank_dim - 1)
         for bucket in new:
             bucket.plan.load(bucket.grads)
         self._entered.update(new)
+
+    def _start(self, block: Block, entering: set[LoraPair]) -> None:
+        """Write the start of A into the state where it is kept there, else into the module."""
+        held, dim = block.weights(), block.rank_dim - 1
+        for i, s in enumerate(block.sides):
+            Q = self._nests[s.pair].rates
+            if block.full is not None:
+                back = [1.0 if s.pair in entering or q == 0 else 1 / q for q in Q]
+                block.full[i].copy_(scaled_rows(held[i], back, dim))
+            elif s.pair in entering:
+                held[i] = scaled_rows(held[i], Q, dim)
+        if block.full is None:
+            block.assign(held)
 
     def _draw(self) -> None:
         """Draw a number for the next step, if any group samples, and give DyLoRA's modules the rank of A it picks."""
@@ -237,18 +256,18 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for bucket in self._buckets:
             if bucket not in self._entered and not bucket.state["step"] > 0:
                 continue
-            for block in bucket.blocks:
-                for side, full in zip(block.sides, block.wide.get("full", ()), strict=False):
-                    nest = self._nests[side.pair]
-                    nest.draw(self._drawn)
-                    side.matrix(side.param).copy_(scaled_rows(full, nest.rates, block.rank_dim - 1))
+            for block in (block for block in bucket.blocks if block.full is not None):
+                for side in block.sides:
+                    self._nests[side.pair].draw(self._drawn)
+                block.assign(self._at_present(block))
 
     # ------------------------------------------------------------------ one rank
 
     def truncated(self, rank: int, *, strict: bool = True, keep_P: bool = False) -> AbstractContextManager[None]:
         """Return a context in which the model computes at one rank, s(ρ) B[:, :ρ] A[:ρ]; it is restored afterwards.
 
-        A pair whose largest rank is smaller uses that one. Contexts may be nested: the innermost rank applies.
+        A pair whose largest rank is smaller uses that one. Contexts may be nested: the innermost rank applies. With
+        FSDP2 all processes enter and leave together.
 
         Args:
             rank: ρ.
@@ -259,8 +278,10 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         Raises:
             ValueError: the rank is below 1, above every pair's, or was not trained.
         """
+        if self._locator.moved(iter(())):
+            self._follow()
         ranks = truncation.resolve(self._nests, rank, strict)
-        return truncation.truncated(self._nests, self.state, ranks, keep_P, self._whole)
+        return truncation.truncated(self._model, self._nests, self.state, ranks, keep_P, self._before)
 
     def export(
         self, path: str | Path, rank: int, *, strict: bool = True, keep_P: bool = False, pad_to: int | None = None,
@@ -277,10 +298,10 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             model: the `PeftModel`; None: the one the optimizer was created with.
 
         Raises:
-            TypeError, ValueError: see `truncated` and `curvopt.lora.export_adapter`.
+            TypeError, ValueError: see `truncated` and `curvopt.lora.export_adapter`, which refuses sharded matrices.
         """
         ranks = truncation.resolve(self._nests, rank, strict)
-        with truncation.truncated(self._nests, self.state, ranks, keep_P, self._whole):
+        with self.truncated(rank, strict=strict, keep_P=keep_P):
             return truncation.export(self._model if model is None else model, path, ranks, self._adapter, pad_to)
 
     # ------------------------------------------------------------------ reading
@@ -321,7 +342,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         return {**super().__getstate__(), "_generator_state": self._generator.get_state(), "_drawn": self._drawn}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._whole = {}
+        self._before = {}
         copied = state.pop("_generator_state", None)
         if copied is not None:
             self._generator = torch.Generator()
@@ -378,7 +399,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
 
     def _wide_state(self, side: Side) -> Sequence[str]:
         sampled = side.name == "A" and side.group["nesting"] == "dylora"
-        return (*MOMENTS, "full") if sampled else MOMENTS
+        return (*MOMENTS, FULL) if sampled else MOMENTS
 
 
 def _reorders(bucket: Bucket) -> bool:

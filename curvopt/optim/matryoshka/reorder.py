@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvopt.functional import basis
 from curvopt.lora import LoraPair
-from curvopt.optim.bucket import Bucket
+from curvopt.optim.bucket import Bucket, sum_over_pieces
 
 Place = tuple[Bucket, int]
 
@@ -20,7 +20,9 @@ def reorder(buckets: Sequence[Bucket], found_inf: Mapping[torch.device, Tensor])
     of the parameters. Pairs with a frozen or idle side, and those whose B is still zero, stay as they are, and so does
     all of a step whose gradients were not finite.
     """
-    grams = {bucket: bucket.plan.grams("params") for bucket in buckets}
+    own = [bucket.weight_grams() for bucket in buckets]
+    sum_over_pieces(buckets, own)
+    grams = dict(zip(buckets, own, strict=True))
     places: dict[LoraPair, dict[str, Place]] = {}
     for bucket in buckets:
         for i, side in enumerate(bucket.sides):

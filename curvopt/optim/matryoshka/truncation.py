@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvopt.distributed import placed_like, reshard, whole
 from curvopt.lora import LoraPair, export_adapter, find_lora_pairs
+from curvopt.optim.bucket import FULL
 from curvopt.optim.checking import check, is_whole
 from curvopt.optim.matryoshka.nested_ranks import NestedRanks, scaled_rows
 
@@ -31,43 +33,46 @@ def resolve(nests: Mapping[LoraPair, NestedRanks], rank: Any, strict: bool) -> d
 
 @contextmanager
 def truncated(
+    model: nn.Module | None,
     nests: Mapping[LoraPair, NestedRanks],
     state: Mapping[Tensor, Mapping[str, Any]],
     ranks: Mapping[LoraPair, int],
     keep_P: bool,
-    whole: dict[LoraPair, Tensor],
+    before: dict[LoraPair, Tensor],
 ) -> Iterator[None]:
     """Hold every pair at its rank; see `MatryoshkaScaledAdam.truncated`.
 
     Args:
+        model: that holds the pairs, if there is one.
         nests: of every pair.
         state: the optimizer's.
         ranks: of every pair.
         keep_P: the first directions as they were trained.
-        whole: what every pair held when the outermost context began, kept by it for the inner ones; empty outside.
+        before: what every pair held when the outermost context began, kept by it for the inner ones; empty outside.
     """
+    reshard(model)  # a forward may have left matrices that FSDP2 forgets
     held = {pair: pair.A.detach().clone() for pair in ranks}
-    outermost = not whole
+    outermost = not before
     if outermost:
-        whole.update(held)
+        before.update(held)
     try:
         with torch.no_grad():
             for pair, rank in ranks.items():
                 own = state.get(pair.A, {})
-                if "full" in own and own["step"] > 0:
-                    rows = scaled_rows(own["full"], nests[pair].prefix(rank, full=True), pair.dim_A)
-                    pair.matrix("A", pair.A).copy_(rows)
+                if FULL in own and own["step"] > 0:
+                    A, factors = own[FULL], nests[pair].prefix(rank, full=True)
                 else:
-                    factors = nests[pair].prefix(rank, full=False)
+                    A, factors = before[pair], nests[pair].prefix(rank, full=False)
                     factors = tuple(float(f > 0) for f in factors) if keep_P else factors
-                    pair.A.copy_(scaled_rows(whole[pair], factors, pair.dim_A))
+                pair.A.copy_(placed_like(pair.A, scaled_rows(whole(A), factors, pair.dim_A)))
         yield
     finally:
+        reshard(model)
         with torch.no_grad():
             for pair, A in held.items():
                 pair.A.copy_(A)
         if outermost:
-            whole.clear()
+            before.clear()
 
 
 def export(
