@@ -1,12 +1,12 @@
-"""For trainers that import a class by its path and hand it bare tensors: sd-scripts, musubi-tuner, torchtune recipes.
+"""For trainers that import a class by its path and pass it bare tensors: sd-scripts, musubi-tuner, torchtune recipes.
 
 .. code-block:: shell
 
     --optimizer_type curvopt.integrations.by_shape.GritKFAC --optimizer_args reproject_every=20 'update="polar"'
 
-A tensor knows neither its name nor its module, so pairs are found by shape: A of (r, ...) is followed by B of (d, r),
-as modules with ``lora_down`` and ``lora_up`` (or ``lora_a`` and ``lora_b``) list them. Without modules there is nothing
-to put a hook on: statistics come from gradients.
+A bare tensor has neither a name nor a module, so pairs are found by shape: A of (r, ...) is followed by B of (d, r),
+as modules with ``lora_down`` and ``lora_up`` (or ``lora_a`` and ``lora_b``) list them. Without modules no
+hook can be registered: statistics come from gradients.
 """
 
 from __future__ import annotations
