@@ -207,6 +207,25 @@ def private_names_stay_at_home(root: Path) -> list[str]:
     return wrong
 
 
+def private_functions_stay_in_their_room(root: Path) -> list[str]:
+    """What a module keeps to itself with an underscore is read in its own room at most."""
+    modules = sources(root)
+    wrong = []
+    for name, path in modules.items():
+        tree, aliases = parsed(path.read_text(encoding="utf-8")), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level and room(node.module) not in (None, room(name)):
+                aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+                private = [a.name for a in node.names if a.name.startswith("_")]
+                wrong += [described(root, path, node.lineno, f"imports {one} of {node.module}") for one in private]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = aliases.get(getattr(node.value, "id", ""))
+                if owner in modules:
+                    wrong.append(described(root, path, node.lineno, f"reads {node.attr} of {owner}"))
+    return wrong
+
+
 RULES = [
     layers,
     functional_imports_torch_alone,
@@ -215,6 +234,7 @@ RULES = [
     kernels_is_not_a_top_level_name,
     calls_nothing_forbidden,
     private_names_stay_at_home,
+    private_functions_stay_in_their_room,
 ]
 
 
@@ -296,6 +316,12 @@ VIOLATIONS = [
     (calls_nothing_forbidden, "curvopt/lora/bad.py", "from os import path, environ"),
     (private_names_stay_at_home, "curvopt/lora/bad.py", "def f(optimizer):\n    return optimizer._buckets\n"),
     (private_names_stay_at_home, "kernels/bad.py", "def f(x):\n    x._drop(1)\n"),
+    (private_functions_stay_in_their_room, "curvopt/analysis/bad.py", "from curvopt.lora.pairs import _orient"),
+    (
+        private_functions_stay_in_their_room,
+        "curvopt/analysis/bad.py",
+        "from curvopt.lora import pairs as p\ndef f():\n    return p._orient()",
+    ),
 ]
 
 

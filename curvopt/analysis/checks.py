@@ -18,7 +18,7 @@ Pairs = Mapping[str, Mapping[str, Any]]
 
 
 def check_curvature(pairs: Pairs, steps: int) -> Iterator[Finding]:
-    """Say where a preconditioner is a scalar, ill-conditioned or broken. A first step has no curvature of A yet."""
+    """Report preconditioners that are scalar, ill-conditioned or broken. A first step has no curvature of A yet."""
     # a pair without rows was never observed: that is a finding of its own
     sides = [(name, side, p[side]) for name, p in pairs.items() for side in "AB" if side in p and p.get("rows", 1)]
     if broken := [f"{name}.{side}" for name, side, f in sides if f["failed"]]:
@@ -55,7 +55,7 @@ def check_curvature(pairs: Pairs, steps: int) -> Iterator[Finding]:
 
 
 def check_steps(skipped: int, steps: int, idle: Sequence[str], zero: Sequence[str]) -> Iterator[Finding]:
-    """Say what the steps did not do: skipped updates, pairs without gradients, updates that are still zero."""
+    """Report skipped updates, pairs without gradients, and updates that are still zero."""
     if skipped:
         share = skipped / max(steps, skipped)
         yield Finding(
@@ -77,14 +77,14 @@ def check_steps(skipped: int, steps: int, idle: Sequence[str], zero: Sequence[st
 
 
 def check_values(broken: Sequence[str]) -> Iterator[Finding]:
-    """Say which parameters are not finite."""
+    """Report parameters that are not finite."""
     if broken:
         what = f"{len(broken)} pairs hold NaN or infinity"
         yield Finding("error", "non-finite parameters", what, "go back to the last good checkpoint", tuple(broken))
 
 
 def check_settings(groups: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]) -> Iterator[Finding]:
-    """Say which settings of a group undo one another."""
+    """Report settings of a group that cancel each other."""
     found: dict[str, Finding] = {}
     for g in groups:
         tau, every = g.get("rank_threshold"), g.get("reproject_every")
@@ -116,12 +116,12 @@ def check_settings(groups: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
 
 
 def check_clipping(nested: bool, max_grad_norm: float | None, norm: float | None) -> Iterator[Finding]:
-    """Say when gradients are clipped by their global norm before a step that nests ranks.
+    """Report gradients that are clipped by their global norm before a step with nested ranks.
 
     Args:
         nested: whether the optimizer scales rows (Matryoshka).
         max_grad_norm: what the loop clips to, if the caller knows; 0 for never.
-        norm: norm of the gradients as they are now, or None; only looked at if the caller does not know.
+        norm: norm of the present gradients, or None; used only if ``max_grad_norm`` is None.
     """
     evidence = f"the loop clips to {max_grad_norm:g}" if max_grad_norm else ""
     if max_grad_norm is None and norm is not None:

@@ -34,7 +34,7 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Core:
-    """What is left of a pair after the QR factors are taken out; float64, on the live directions.
+    """The r×r matrices of a pair between its QR factors; float64, on the live directions.
 
     Attributes:
         name: the pair's name.
@@ -151,7 +151,7 @@ def observe(
 
     Args:
         model: the model, in the mode (train or eval) to measure in.
-        batches: whatever ``loss`` takes.
+        batches: any objects that ``loss`` accepts.
         loss: gives the mean loss of a batch, as training does.
         adapter: only this adapter's pairs.
 
@@ -181,9 +181,9 @@ def observe(
 
 
 def layer_of(name: str) -> tuple[int | None, str]:
-    """Return the layer number and the projection that a pair's name tells: ("model.layers.3.mlp.up_proj") → 3, up_proj.
+    """Return the layer number and the projection in a pair's name: ("model.layers.3.mlp.up_proj") → 3, up_proj.
 
-    The first number in the path is the layer, the last word that is no number the projection.
+    The first number in the path is the layer, the last word that is not a number the projection.
     """
     words = name.partition(":")[0].split(".")
     numbers = [int(word) for word in words if word.isdigit()]

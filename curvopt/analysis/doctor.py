@@ -1,4 +1,4 @@
-"""The doctor: whether curvature acts, where rank is spent, and what is wrong with a run."""
+"""The doctor: whether curvature has an effect, where rank is used, and what is wrong with a run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from curvopt.optim.grit.diagnostics import live_rank
 def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None) -> Report:
     """Examine a run between two steps, without changing it. Synchronises with the device; gathers sharded parameters.
 
-    For an optimizer of curvopt the `Report` is complete; for any other it has what can be seen from outside: parameters
-    that were replaced or forgotten, pairs without gradients, the update's spectrum, bytes of state.
+    For an optimizer of curvopt the `Report` is complete; for any other it contains what can be seen from outside:
+    parameters that were replaced or forgotten, pairs without gradients, the update's spectrum, bytes of state.
 
     Args:
         model: the model that is trained, or a wrapper of it.
         optimizer: the optimizer, or accelerate's wrapper of it.
-        max_grad_norm: what the loop clips gradients to before a step; 0 if it does not. Without it, gradients that are
-            still there are looked at.
+        max_grad_norm: the norm to which the loop clips gradients; 0 if it does not clip. None: judged from the present
+            gradients, if there are any.
 
     Raises:
         TypeError: ``model`` is not a module or ``optimizer`` not an optimizer.

@@ -16,11 +16,11 @@ SHOWN = 3  # pairs named in the text; `to_dict` has all
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know.
+    """One finding.
 
     Attributes:
-        severity: "error" (training is not what it should be), "warning" (curvature or rank does not act as asked) or
-            "note" (worth knowing, nothing to repair).
+        severity: "error" (training is wrong), "warning" (curvature or ranks do not work as requested) or "note" (worth
+            knowing, nothing to fix).
         kind: a stable name for programs: "silent hooks", "stale parameters", ...
         what: what was found.
         todo: what to do about it.
@@ -45,11 +45,11 @@ class Report:
     """What `doctor` found.
 
     Attributes:
-        subject: what was looked at.
+        subject: what was examined.
         findings: the most severe first.
         pairs: facts by pair name: rank, full_rank, energy (σ_i²), effective_rank, update_rank, norm, rows, statistics,
             and for A and B condition and scalar_distance, as far as they are known.
-        facts: facts about the whole: steps, skipped_updates, state_bytes, parameter_bytes, norm, ...
+        facts: facts about the whole run: steps, skipped_updates, state_bytes, parameter_bytes, norm, ...
     """
 
     subject: str
@@ -67,7 +67,7 @@ class Report:
         return {f.kind for f in self.findings}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values that JSON can hold; what is not finite is None."""
+        """Return everything as plain JSON values; non-finite numbers become None."""
         return _plain({**asdict(self), "healthy": self.healthy})
 
     def __str__(self) -> str:

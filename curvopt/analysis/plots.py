@@ -109,7 +109,7 @@ def _draw_heat(axes: Axes, word: str, pairs: Sequence[Pair], energies: Sequence[
 
 
 def plot_ranks(source: Any, *, what: str = "rank") -> Figure:
-    """Draw where rank is spent: by layer and projection now, and, given several records, over time.
+    """Draw where rank is used: by layer and projection now and, given several records, over time.
 
     Args:
         source: see the module.
@@ -193,7 +193,7 @@ def plot_frontier(
         baseline: its value before fine-tuning; the rise above it is drawn.
 
     Raises:
-        ValueError: no runs, or a run whose records have not both.
+        ValueError: no runs, or a run whose records lack one of them.
     """
     if not runs:
         raise ValueError("runs must have at least one run, got none")
@@ -220,7 +220,7 @@ def plot_plan(plan: RankPlan) -> Figure:
     """Draw the ranks of a plan of `GoRAInit`, a bar a layer, with the share of the layer's σ² that each holds.
 
     Args:
-        plan: what `GoRAInit.plan_only` or ``GoRAInit.plan`` gave.
+        plan: from `GoRAInit.plan_only` or ``GoRAInit.plan``.
 
     Raises:
         ValueError: the plan has no layer.

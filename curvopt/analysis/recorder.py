@@ -37,11 +37,11 @@ class Recorder:
                 recorder.record(optimizer, step, loss=loss)
 
     Args:
-        path: the file; its folder is made.
-        every: record only steps that are a multiple of it. A record with spectra reads the device and takes two thin
-            QR factorisations per pair, so let many steps pass between two.
+        path: the file; its folder is created.
+        every: record only steps that are a multiple of it. A record with spectra synchronises with the device and takes
+            two thin QR factorisations per pair, so choose a large number.
         model: where to find the pairs of an optimizer that is not one of curvopt's.
-        spectra: False records scalars alone.
+        spectra: False records scalars only.
         tensorboard: a folder for torch's ``SummaryWriter``, beside the file; needs the package ``tensorboard``.
 
     Raises:
@@ -99,8 +99,8 @@ class Recorder:
     def read(path: str | Path) -> list[dict[str, Any]]:
         """Return the records of a file by ascending step.
 
-        Records of one step are merged, later values first. Where the steps fall back, a run was resumed: what had been
-        written from there on is dropped. A last line that was cut off is left out. NaN and infinity come back as None.
+        Records of one step are merged; later values take precedence. If the step number goes back, the run was resumed:
+        earlier records from that step on are dropped. A truncated last line is left out. NaN and infinity become None.
 
         Raises:
             OSError: the file cannot be read.

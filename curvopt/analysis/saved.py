@@ -29,8 +29,8 @@ TOLD = ("steps", "skipped_updates", "pairs", "parameters", "state_bytes", "norm"
 def inspect_saved(path: str | Path) -> Report:
     """Examine an adapter folder of PEFT (with the trainer's optimizer.pt if there), or a checkpoint file.
 
-    A file may hold an optimizer's state_dict, by itself or under any key, or the tensors of an adapter. Pairs are told
-    apart by name: an optimizer that was given bare tensors saves no names, so its factors are reported by parameter.
+    A file may hold an optimizer's state_dict, by itself or under any key, or the tensors of an adapter. Pairs are
+    identified by name. An optimizer that was given bare tensors saves no names; its factors are reported by parameter.
 
     Raises:
         ValueError: it is neither; the message is one line that names the path.
@@ -203,11 +203,11 @@ def _state(saved: dict[str, Any], where: str) -> Parts:
     found += check_steps(skipped, steps, [], [])
     if not any("factor" in s for s in states):
         found.append(
-            Finding("note", "no curvature", f"the state in {where} has no factors", "it is not one of GritKFAC's")
+            Finding("note", "no curvature", f"the state in {where} has no factors", "it is not the state of a GritKFAC")
         )
     if seen:
         found += [Finding(
-            "warning", "silent hooks", f"{len(seen)} parameters were never observed: no curvature acts on them",
+            "warning", "silent hooks", f"{len(seen)} parameters were never observed: their curvature is not used",
             'use statistics="gradient", or switch a fused LoRA forward off', tuple(seen),
         )]  # fmt: skip
     size = sum(v.numel() * v.element_size() for s in states for v in s.values() if isinstance(v, Tensor))

@@ -1,4 +1,4 @@
-"""The mathematics: tensors in, tensors out; torch alone. Also the specification of every kernel.
+"""The mathematics: pure functions of tensors, with torch only. Also the specification of every kernel.
 
 Notation, used by all modules of this package (one LoRA layer, one adapter: "a pair")
 

@@ -1,4 +1,4 @@
-"""Changes of basis in rank space, and carrying what was measured in the old basis into the new one.
+"""Changes of basis in rank space, and the transformation of factors and moments to the new basis.
 
 A gauge change A → T A, B → B T⁻¹ leaves ΔW = s B A alone and maps, rank first,
 
@@ -45,7 +45,7 @@ def balanced(
 
     Balanced truncation of linear systems, in rank space. With S_u = L Lᵀ and Lᵀ S_d L = U Σ² Uᵀ,
     T = Σ^(1/2) Uᵀ L⁻¹. The σ_i² are the eigenvalues of S_u S_d, the same in every gauge; under the K-FAC quadratic,
-    dropping direction i raises the loss by σ_i²/2, so a prefix of this basis is the best adapter of that rank (our
+    dropping direction i raises the loss by σ_i²/2, so the leading directions are the best adapter of their rank (our
     derivation).
 
     Both factors are first regularised to S + damping · tr(S)/k · I, for which the equality is exact; ``sigma`` are

@@ -1,4 +1,4 @@
-"""GoRA (arXiv 2502.12171): how much a layer's gradient says for its rank, and B₀ along the compressed gradient.
+"""GoRA (arXiv 2502.12171): importance of a layer from its gradient, and B₀ along the compressed gradient.
 
 Ḡ is the mean gradient ``(d_out, d_in)`` of the loss by the frozen base weight W, over a few batches and with B = 0.
 With B = 0 autograd's ∂L/∂B is s Ḡ Aᵀ exactly, so M = Ḡ Aᵀ, all that B₀ needs, is known with or without Ḡ.
@@ -44,7 +44,7 @@ def nuclear(G: Tensor, rank: int = 32, power: int = 2, generator: torch.Generato
 
 
 def step_size(init_lr: float, r: int, d_in: int) -> float:
-    """Return ξ = lr₀ √(d_in/r): the first forward is W − ξ Ḡ, as far as the row space of A can say it.
+    """Return ξ = lr₀ √(d_in/r): the first forward uses W − ξ Ḡ, projected onto the row space of A.
 
     GoRA's γ = lr₀ R/√(r/d_in), with s = α/R, is this: s (γ/α) = ξ.
     """

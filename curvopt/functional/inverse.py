@@ -3,9 +3,9 @@
 Damping is relative: everything is a function of Ŝ + λI with Ŝ = S · k/tr(S), whose mean eigenvalue is one, so
 the result has unit scale whatever the scale of S (losses are token means: S_d may be 1e-10).
 
-What failure means, decided here once. An *empty* factor (zero trace, as S_d has while B = 0) gives the identity:
+Failures are handled here, once. An *empty* factor (zero trace, as S_d has while B = 0) gives the identity:
 the plain update, never 1/λ. A *broken* one (not finite, negative trace, not positive definite even with damping)
-keeps ``previous`` where it is given, else gives the identity. Nothing raises and nothing waits for the device;
+keeps ``previous`` where it is given, else gives the identity. Nothing raises, and nothing synchronises with the device;
 callers count failures with `broken`.
 
 Inverse and eigenbasis are computed in float64: the condition is at most k/λ + 1, so a Cholesky of a genuine second

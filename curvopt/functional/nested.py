@@ -1,10 +1,10 @@
-"""Nested ranks: Matryoshka's diagonal P between the factors, and the step of (B, P A) that is AdamW's of (A, B).
+"""Nested ranks: Matryoshka's diagonal P between B and A, and the step of (B, P A) that equals AdamW's step of (A, B).
 
 ΔW = B P A with P_i = Σ_{ρ ∈ ranks, ρ > i} s(ρ), i from 0 (MatryoshkaLoRA, arXiv 2605.07850); at rank ρ the adapter is
 s(ρ) B[:, :ρ] A[:ρ]. LoRA is ranks = {r}; DyLoRA (arXiv 2210.07558) draws one ρ a step: P_i = s(ρ) [i < ρ].
 
 A plain module with scaling s computes s B Ã, so it is given Ã = Q A with Q = P / s. Then ∂L/∂Ã = Q⁻¹ ∂L/∂A while
-∂L/∂B is what it was, and of Adam's m, v only the scale changes:
+∂L/∂B is unchanged, and of Adam's m and v only the scale changes:
 
     Ã_i ← Ã_i (1 − lr·wd) − (Q_i lr) m̂_i / (√v̂_i + ε / Q_i)     is     A_i ← A_i (1 − lr·wd) − lr m̂_i / (√v̂_i + ε)
 

@@ -48,10 +48,10 @@ def entropy_rank(energy: Tensor) -> Tensor:
 
 
 def hysteresis(k: Tensor, asked: Tensor, pending: Tensor, room: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Decide the next rank so that one noisy spectrum does not cut a direction.
+    """Return the next rank, such that a single noisy spectrum does not remove a direction.
 
     The rank goes down only when the rule asked for fewer directions in two checks in a row, and then to the larger
-    of the two. It goes up by one when the rule wants all live directions and there is ``room`` for another.
+    of the two. It goes up by one when the rule keeps all live directions and there is ``room`` for another.
 
     Args:
         k: ``[L]`` live ranks.

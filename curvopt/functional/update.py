@@ -17,8 +17,9 @@ with the matrix equal to I (or None) adam, eigen and whiten are ``AdamW(fused=Tr
 ∇ is what `functional.outer` makes of the gradient.
 
 In "polar", our derivation, G = δδᵀ on the rank side, Ĝ has a mean eigenvalue of one, and lengths are Frobenius norms.
-λ → ∞ gives AdamW. λ → 0 gives the polar factor of δ: of all steps of its spectral norm the one furthest along Adam's,
-since it moves all r directions alike. It is to Adam's step what Muon's is to the momentum, at r×r cost.
+λ → ∞ gives AdamW. λ → 0 gives the polar factor of δ: of all steps with the same spectral norm, the one with the largest
+inner product with Adam's, since it moves all r directions equally. It does to Adam's step what Muon does to the
+momentum, at r×r cost.
 
 In "eigen" a direction of the rank side that no row of the statistics reaches has a coordinate of its own, whose
 gradient is rounding, of which Adam makes a step of full length. With fewer rows than r in a step, or a layer that uses
@@ -338,7 +339,7 @@ class Rule:
         key: what the matrix is called in the state.
         coordinates: from the matrix to the map C that takes a gradient to where the moments live; None: they live in
             plain coordinates.
-        turns: whether the moments are mapped along when the matrix is made anew.
+        turns: whether the moments are transformed when the matrix is recomputed.
         acting: what acts on a gradient along eigenvectors of Ŝ, from the eigenvalues and those of Ŝ + λI; the former
             where it is a basis that acts, or nothing.
         shared: how many numbers a matrix of rank r sums over the processes that hold its pieces.

@@ -1,11 +1,11 @@
-"""For trainers that import a class by its path and hand it bare tensors: sd-scripts, musubi-tuner, torchtune recipes.
+"""For trainers that import a class by its path and pass it bare tensors: sd-scripts, musubi-tuner, torchtune recipes.
 
 .. code-block:: shell
 
     --optimizer_type curvopt.integrations.by_shape.GritKFAC --optimizer_args outer_rank=8 "betas=0.9,0.99"
 
-A tensor knows neither its name nor its module: ``low_rank="shape"`` takes each LoRA matrix by itself. Where options
-need no parsing, `curvopt.GritKFAC` with that argument is the same.
+A bare tensor has neither a name nor a module: ``low_rank="shape"`` trains each LoRA matrix by itself. If the options are
+not strings, use `curvopt.GritKFAC` with that argument; it is the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all trainers' plugins share: a model and some options in, an optimizer out."""
+"""What the plugins of all trainers share: creating an optimizer from a model and options."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def build_optimizer(
 ) -> Optimizer:  # fmt: skip
     """Build an optimizer for a model with adapters.
 
-    Weight decay acts on matrices: adapters and saved modules, but no biases and norms. Where a library computes LoRA
-    layers in kernels of its own that never call ``lora_A`` (see `fused_lora`), hooks would stay silent: where options
-    ask for something that reads factors, GritKFAC then gets ``statistics="gradient"`` unless they say otherwise.
+    Weight decay acts on matrices: adapters and saved modules, but no biases and norms. If a library computes LoRA
+    layers in kernels of its own that never call ``lora_A`` (see `fused_lora`), hooks would not fire: if the options
+    ask for something that uses factors, GritKFAC then gets ``statistics="gradient"`` unless they set it themselves.
 
     Args:
         model: The model, before a trainer wraps it.

@@ -1,4 +1,4 @@
-"""Optimizer arguments as strings: what command lines, environment files and YAML give, turned into what they mean.
+"""Optimizer arguments given as strings, on command lines, in environment files or YAML, converted to their types.
 
 .. code-block:: python
 
@@ -31,15 +31,15 @@ def parse_options(
     Args:
         options: ``"name=value,name=value"`` (a value may contain commas), such strings in a list, or a mapping. Values
             of a mapping that are not strings are used as they are, lists and other sequences as tuples.
-        optimizer: The class or function whose signature, with its annotations, says what there is.
+        optimizer: The class or function whose signature and annotations define the arguments.
         ignore: Names to leave out, whatever their value.
 
     Returns:
-        {argument: value}, to be passed as keywords. Ranges are the optimizer's business, which checks them itself.
+        {argument: value}, to be passed as keywords. Ranges are checked by the optimizer.
 
     Raises:
-        ValueError: No ``=``, an unknown argument, one that no string can say (a module, a function), or a value of the
-            wrong kind; the message names the argument, its value and what is allowed.
+        ValueError: No ``=``, an unknown argument, one that cannot be given as a string (a module, a function), or a
+            value of the wrong kind; the message names the argument, its value and what is allowed.
     """
     kinds = _kinds(optimizer)
     found: dict[str, Any] = {}
@@ -56,16 +56,16 @@ def parse_options(
 
 
 def parse_value(name: str, value: Any, kind: Any) -> Any:
-    """Turn one string into the type that an annotation names.
+    """Convert one string to the type that an annotation names.
 
     Args:
         name: The argument, for the message.
         value: The string; anything else is returned as it is, lists and other sequences as tuples.
         kind: An annotation: ``float``, ``int``, ``bool``, ``str``, ``None``, a ``Literal``, a tuple of these, or a
-            union; parts of a union that no string can say are passed over.
+            union; parts of a union that cannot be given as a string are ignored.
 
     Raises:
-        ValueError: The string is none of what is allowed.
+        ValueError: The string is not an allowed value.
     """
     if not isinstance(value, str):
         return tuple(value) if isinstance(value, Sequence) else value

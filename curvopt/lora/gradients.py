@@ -1,10 +1,10 @@
 """The gradient of a frozen base weight, from what passes through its layer: Ḡ = Σ gᵀx, one layer at a time.
 
-g is the gradient at the layer's output and x its input; the weight itself needs no gradient, is never touched, and may
-be quantized. A forward hook passes the layer's output through a node that keeps x the way autograd keeps activations:
-checkpointing drops it too, and it lives as long as the graph may be run backward again. What the backward brings
-waits until the gradient of B, of which it is part, has been added to ``B.grad`` (see `curvopt.lora.hooks`), and lies
-apart from the sums until `BaseGradients.commit`: gradients that are dropped before, by whatever means, leave no trace.
+g is the gradient at the layer's output and x its input; the weight itself needs no gradient, is never changed, and may
+be quantized. A forward hook passes the layer's output through a node that saves x as autograd saves activations:
+checkpointing drops it too, and it is kept as long as the graph may be run backward again. The result of a backward pass
+waits until the gradient of B has been added to ``B.grad`` (see `curvopt.lora.hooks`), and is kept apart from the sums
+until `BaseGradients.commit`, so that gradients which are discarded before, by whatever means, have no effect.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class _Record:
 class BaseGradients:
     """Hooks on the layers of some pairs, summing the gradients of their base weights, or other products of x and g.
 
-    The sums are of the gradients that stand in ``B.grad`` at `commit`: what they were multiplied by since the backward
-    (a GradScaler's unscaling, clipping) is taken over, layer by layer. A contribution that is not finite is left out.
-    The modules hold no reference to this object: once it is gone, or on a copied or unpickled model, the hooks do
+    The sums use the gradients as they are in ``B.grad`` at `commit`: factors applied since the backward pass (a
+    GradScaler's unscaling, clipping) are applied to the sums, layer by layer. A non-finite contribution is left out.
+    The modules hold no reference to this object: once it is deleted, or on a copied or unpickled model, the hooks do
     nothing.
 
     Args:
@@ -423,7 +423,7 @@ def _write(parameter: Tensor, X: Tensor, dim: int, at: int, of_first: bool = Fal
 
 
 def draw_rows(pair: LoraPair, generator: torch.Generator | None = None) -> None:
-    """Draw A anew, uniform with the bound 1/√d_in, as LoRA begins; where it is sharded, in the first process."""
+    """Redraw A, uniform with the bound 1/√d_in, as LoRA initialises it; if it is sharded, in the first process."""
     A, bound = pair.A, layer_shape(pair)[0] ** -0.5
     where = A.device if generator is None else generator.device
     drawn = torch.empty(A.shape, device=where).uniform_(-bound, bound, generator=generator)

@@ -1,9 +1,9 @@
-"""What hooks have in common: they hold their owner weakly, and they tell to which gradient a signal belongs.
+"""What all hooks share: they reference their owner weakly, and determine to which gradient a signal belongs.
 
-A signal of a backward pass counts when the gradient it is part of has been added to ``.grad``. `torch.autograd.grad`
-adds to none, so that nothing counts. Whether the gradient that stands there now continues the one that stood there
-before is told by its version counter: an accumulation in place raises it by one, while a gradient that was set to None,
-or zeroed in between, has another one.
+A signal of a backward pass is counted once the gradient to which it contributes has been added to ``.grad``.
+`torch.autograd.grad` adds to none, so that nothing is counted. The version counter shows whether the present gradient
+continues the previous one: accumulation in place raises it by one, while a gradient that was set to None, or zeroed in
+between, has another version.
 """
 
 from __future__ import annotations

@@ -26,14 +26,14 @@ class LoraPair:
         path: Path of `module` inside the model that was searched.
         adapter: PEFT adapter name, or None.
         kind: "linear", "conv", "embedding" or "raw" (bare parameters).
-        module: The layer that owns the adapter; None if the pair was made from names alone.
+        module: The layer that owns the adapter; None if the pair was found by names only.
         dim_A: The dimension of A that is the rank: 0 for (r, d_in), 1 for (d_in, r).
         dim_B: The dimension of B that is the rank: 1 for (d_out, r), 0 for (r, d_out).
         keys: Attribute names and keys that lead from `module` to A, and those that lead to B.
         fixed: (A, B) of a pair without a module.
         base_path: Path of the layer inside the PEFT base model, without the names that wrappers add.
         configs: PEFT's {adapter: config}, shared with the model; None outside PEFT.
-        shared: Where else in the model A or B is used; empty if nowhere. Such a pair has no basis of its own.
+        shared: Where else in the model A or B is used; empty if nowhere. The basis of such a pair cannot be changed.
     """
 
     name: str

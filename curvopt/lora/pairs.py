@@ -1,6 +1,6 @@
 """Find the LoRA pairs of a model, whatever library made them.
 
-A pair is two matrices with one shared dimension, the rank: A takes the layer's input to u = x Aᵀ, B takes u to the
+A pair is two matrices with one shared dimension, the rank: A maps the layer's input to u = x Aᵀ, B maps u to the
 layer's output, and the layer adds s B A to its weight. PEFT layers, torchtune and loralib layers and hand-written
 modules are recognised by their attributes, never by importing their library.
 """
@@ -62,7 +62,7 @@ def find_skipped(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def describe_search(model: nn.Module) -> str:
-    """Return one line on what was looked for and what is there instead, for the error "no pair found"."""
+    """Return one line on what was searched for and what was found instead, for the error "no pair found"."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     total = sum(1 for _ in model.parameters())
     shown = ", ".join(trainable[:3]) + (", ..." if len(trainable) > 3 else "")

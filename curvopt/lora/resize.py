@@ -28,12 +28,12 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that also
 def resize_pair(
     pair: LoraPair, rank: int, *, keep_scaling: bool = True, generator: torch.Generator | None = None
 ) -> None:
-    """Give one pair another rank; the parameters stay the same objects, their gradients are dropped.
+    """Change the rank of one pair; the parameters remain the same objects, and their gradients are dropped.
 
-    On PEFT layers rank, alpha, scaling, the features of both modules and the patterns of the config follow, so that a
-    saved adapter loads as it is. Elsewhere the attributes `rank`, `r`, `alpha`, `lora_alpha`, `scaling` and `scale`
-    follow where the layer has them. Optimizer state is not resized here, and a model inside DistributedDataParallel has
-    to be wrapped again, since the wrapper keeps the old shapes.
+    On PEFT layers rank, alpha, scaling, the features of both modules and the patterns of the config are updated, so
+    that a saved adapter can be loaded as usual. On other layers the attributes `rank`, `r`, `alpha`, `lora_alpha`,
+    `scaling` and `scale` are updated if they exist. Optimizer state is not resized here, and a model inside
+    DistributedDataParallel has to be wrapped again, since the wrapper keeps the old shapes.
 
     Args:
         pair: The pair, of any kind.
@@ -66,7 +66,7 @@ def resize_adapter(
     keep_scaling: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, int]:
-    """Give pairs of a model other ranks. Nothing is changed if any entry is wrong.
+    """Change the ranks of pairs of a model. Nothing is changed if any entry is invalid.
 
     Args:
         model: The model with the adapters.

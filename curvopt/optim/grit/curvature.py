@@ -117,7 +117,7 @@ class Curvature:
             self._warned = True
             warnings.warn(
                 f"{len(never)} pairs received gradients but their activations were never seen ({', '.join(never[:3])}"
-                f"{', ...' if len(never) > 3 else ''}): no curvature acts on them. If the forward is fused, "
+                f"{', ...' if len(never) > 3 else ''}): their curvature is not used. If the forward is fused, "
                 'use statistics="gradient"',
                 UserWarning,
                 stacklevel=5,
