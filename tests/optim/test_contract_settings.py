@@ -105,7 +105,9 @@ def test_pairs_are_the_parameters_of_the_model(make):
 @optimizers
 def test_hyper_parameters_live_in_the_groups(make):
     optimizer = make(models.mlp(), maximize=True)
-    elsewhere = {"self", "params", "adapter", "backend", "require_pairs", "process_group", "model", "generator"}
+    elsewhere = {
+        "self", "params", "low_rank", "adapter", "backend", "require_pairs", "process_group", "model", "generator",
+    }  # fmt: skip
     arguments = set(inspect.signature(make.cls.__init__).parameters) - elsewhere
     for group in optimizer.param_groups:
         assert arguments <= group.keys()
