@@ -4,8 +4,8 @@
 
     --optimizer_type curvopt.integrations.by_shape.GritKFAC --optimizer_args outer_rank=8 "betas=0.9,0.99"
 
-A bare tensor has neither a name nor a module: ``low_rank="shape"`` trains each LoRA matrix by itself. If the options are
-not strings, use `curvopt.GritKFAC` with that argument; it is the same.
+A bare tensor has neither a name nor a module: ``low_rank="shape"`` trains each LoRA matrix by itself. If the options
+are not strings, use `curvopt.GritKFAC` with that argument; it is the same.
 """
 
 from __future__ import annotations

@@ -107,7 +107,9 @@ def test_pairs_are_the_parameters_of_the_model(make):
 @optimizers
 def test_hyper_parameters_live_in_the_groups(make):
     optimizer = make(models.mlp(), maximize=True)
-    elsewhere = {"self", "params", "adapter", "backend", "require_pairs", "process_group", "model", "generator"}
+    elsewhere = {
+        "self", "params", "low_rank", "adapter", "backend", "require_pairs", "process_group", "model", "generator",
+    }  # fmt: skip
     arguments = set(inspect.signature(make.cls.__init__).parameters)
     if "advanced" in arguments:
         arguments = (arguments - {"advanced"}) | AdvancedSettings.__annotations__.keys()
