@@ -174,26 +174,28 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         """Take into A what was put into the module from outside since the last step: a best model, a rollback.
 
         The module holds A at one of the trained ranks; which one, its rows that are not zero tell. Rows above keep
-        what the state has. Reads the device, once a block.
+        what the state has. Reads the device, once a bucket.
         """
-        for block in bucket.blocks if bucket.state["step"] > 0 else ():
-            if block.full is None:
-                continue
-            held, dim = block.weights(), block.rank_dim - 1
-            other = (held != self._at_present(block)).flatten(1).any(1).float()
-            if block.shards is not None:
-                block.shards.sum_(other)
-            for i, changed in enumerate(other.tolist()):
-                if not changed:
-                    continue
-                s, full = block.sides[i], block.full[i]
-                nest = self._nests[s.pair]
+        shards = bucket.blocks[0].shards
+        if bucket.blocks[0].full is None or not bucket.state["step"] > 0:
+            return
+        held = [block.weights() for block in bucket.blocks]
+        known = [self._at_present(block) for block in bucket.blocks]
+        differ = [(X != Y).flatten(1).any(1) for X, Y in zip(held, known, strict=True)]
+        other = torch.cat(differ).float()
+        if shards is not None:
+            shards.sum_(other)
+        new = [X for block in held for X in block.unbind()]
+        full = [own for block in bucket.blocks if block.full is not None for own in block.full.unbind()]
+        for s, X, A, changed in zip(bucket.sides, new, full, other.tolist(), strict=True):
+            if changed:
+                nest, dim = self._nests[s.pair], s.rank_dim - 1
                 used = used_directions((s.param,), (dim,))[0].nonzero()
                 top = int(used.max()) + 1 if len(used) else 0
                 nest.drawn = next((rank for rank in nest.ranks if rank >= top), nest.ranks[-1])
-                new = scaled_rows(held[i], [1 / q if q else 0.0 for q in nest.rates], dim)
+                rows = scaled_rows(X, [1 / q if q else 0.0 for q in nest.rates], dim)
                 n = sum(q > 0 for q in nest.rates)
-                full.narrow(dim, 0, n).copy_(new.narrow(dim, 0, n))
+                A.narrow(dim, 0, n).copy_(rows.narrow(dim, 0, n))
 
     def _at_present(self, block: Block) -> Tensor:
         """Return what the module is to hold of matrices that are kept in the state, ``[L, m, n]``: Q A."""
