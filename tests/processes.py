@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from curvopt import GritKFAC
 
 SIZES = (2, 4)
-WAIT = 240  # seconds after which something has hung
+WAIT = 600  # seconds after which something has hung
 
 
 class World:
