@@ -31,14 +31,13 @@ import torch
 from torch import Tensor
 
 
-def cosine_rows(k: int, d: int, begin: int = 0, end: int | None = None) -> Tensor:
-    """Return columns ``begin`` to ``end`` of k orthonormal rows of length d, ``(k, end − begin)`` float64.
+def cosine_rows(k: int, d: int) -> Tensor:
+    """Return k orthonormal rows of length d, ``(k, d)`` float64: a start of V without random numbers. k ≤ d.
 
-    The first rows of the cosine transform (DCT-IV), V_ij = √(2/d) cos(π (i+½)(j+½) / d): a start that has no random
-    numbers, and of which every process can make its own columns. k ≤ d.
+    They are the first rows of the cosine transform DCT-IV, V_ij = √(2/d) cos(π (i+½)(j+½) / d).
     """
     i = torch.arange(k, dtype=torch.float64)[:, None] + 0.5
-    j = torch.arange(begin, d if end is None else end, dtype=torch.float64) + 0.5
+    j = torch.arange(d, dtype=torch.float64) + 0.5
     return torch.cos(math.pi / d * i * j) * math.sqrt(2 / d)
 
 
