@@ -13,6 +13,7 @@ from memcheck import watched
 from update_cases import BF16, F16, F32, gradients, moved, slab
 
 from curvopt import kernels
+from curvopt.functional.outer import cosine_rows
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="looks into the interpreter")
 
@@ -275,6 +276,23 @@ def test_whole_buckets(r, d, dtype):
                 plan.transform_(of, matrices, ranks, torch.tensor(found))
 
 
+@pytest.mark.parametrize("r, k, d", [(3, 5, 300), (16, 16, 64), (33, 4, 40), (4, 33, 40)])
+def test_outer_factors(r, k, d):
+    """The products, the map made of them, and a step through it."""
+    total = ("_total",) if d >= 300 else ()
+    with clean("_products", "_outer_map", "_precondition", *launched("polar_update", *total)):
+        ours = [moved(slab(n, r, d + n - 1, n, matrix=False, seed=n), "cpu") for n in (1, 2)]
+        for s in ours:
+            V = cosine_rows(k, s.exp_avg.shape[3 - s.rank_dim]).float().expand(len(s.params), -1, -1)
+            s.step, s.basis = ours[0].step, (V if s.rank_dim == 1 else V.mT).contiguous()
+        plan = kernels.UpdatePlan("polar", ours)
+        plan.load(gradients(ours))
+        numbers = torch.ones(3, k), torch.full((3,), k + 1.0), torch.tensor([d, d + 1.0, d + 1])
+        M, *_ = kernels.OPS["outer_map"](plan.outer_products(), *numbers, 0.9, torch.tensor(0.1), torch.zeros(()))
+        plan.take_outer(M)
+        plan.step(torch.zeros(()))
+
+
 def tall(r, dtype, whole=True):
     """Matrices of few rows, and one whose rows are split over two programs; if whole, they fill their packed rows."""
     pack = moments.PACKED.get(r, 1) if dtype != F32 else 1
@@ -310,4 +328,5 @@ def test_averages(r):
 
 def test_every_op_is_here():
     others = {"gram", "gram_many", "gram_add_", "ema_", "damped_inverse", "damped_inverse_root", "eigenbasis"}
+    others |= {"outer_map"}
     assert set(kernels.OPS) == {*UPDATES, *others}

@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="has handed over already"):
         optimizer.load_state_dict(middle)
     other, _ = build("conv")
-    with pytest.raises(ValueError, match="is no pair here"):
+    with pytest.raises(ValueError, match="is not a pair here"):
         GoRAInit(other, **SMALL).load_state_dict(over)
     changed = copy.deepcopy(over)
     changed["gora"]["plan"]["spent"] = 1.0

@@ -76,8 +76,8 @@ def by_gradients(seen: list[torch.Tensor], k: int, decay: float, damping: float)
     for G in seen:
         both = torch.cat((G[None], V), 1)
         products = G[None] @ both.mT
-        new = outer_map(products, mu, trace, width, decay, damping, torch.tensor(0.0))
-        V, mu, trace = (new.M @ both)[:, r:], new.mu, new.trace
+        M, mu, trace = outer_map(products, mu, trace, width, decay, damping, torch.tensor(0.0))
+        V = (M @ both)[:, r:]
     return V[0], mu[0], trace[0]
 
 
