@@ -51,9 +51,9 @@ def work(make: Factory, shape: Shape, r: int, args: argparse.Namespace) -> tuple
     observes = any(g.get("statistics") == "activation" for g in optimizer.param_groups)
 
     def before() -> None:
-        adapters.arrive()
         if observes:
             adapters.observe(args.tokens)
+        adapters.arrive()
 
     return before, optimizer.step
 
