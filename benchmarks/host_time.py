@@ -23,8 +23,9 @@ from curvopt import GritKFAC, MatryoshkaScaledAdam, ops
 
 KEY = ("optimizer", "pairs", "r", "d")
 CONTESTANTS = {
-    "GritKFAC polar, statistics off": lambda model: GritKFAC(model, factor_every=10**9, inverse_every=10**9),
-    "GritKFAC polar": lambda model: GritKFAC(model, inverse_every=10**9),
+    "GritKFAC polar, no outer factors": lambda model: GritKFAC(model, outer_rank=0),
+    "GritKFAC polar": GritKFAC,
+    "GritKFAC polar, activations": lambda model: GritKFAC(model, statistics="activation", inverse_every=10**9),
     "GritKFAC eigen": lambda model: GritKFAC(model, update="eigen", inverse_every=10**9),
     "GritKFAC polar, gradient": lambda model: GritKFAC(model, statistics="gradient", inverse_every=10**9),
     "MatryoshkaScaledAdam": MatryoshkaScaledAdam,
@@ -89,7 +90,7 @@ def main() -> None:
         for name, make in CONTESTANTS.items():
             model = filled(args.pairs, args.r, args.d)
             optimizer = make(model)
-            observes = name == "GritKFAC polar" or name == "GritKFAC eigen"
+            observes = any(g.get("statistics") == "activation" for g in optimizer.param_groups)
 
             def before(model: nn.Module = model, observes: bool = observes) -> None:
                 if observes:
