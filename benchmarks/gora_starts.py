@@ -3,7 +3,8 @@
     python benchmarks/gora_starts.py                # resumes where results/gora_starts.csv ends
 
 The learning rate of a task is the one that quality.py chose for the optimizer without a start. 8 of the run's steps are
-the calibration. Runs that quality.py has made are taken from its CSV. Rows go to results/gora_starts.csv, curves beside it.
+the calibration. Runs that quality.py has made are taken from its CSV. Rows go to
+results/gora_starts.csv, curves beside it.
 """
 
 import argparse

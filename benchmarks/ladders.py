@@ -5,7 +5,8 @@
 
 Every rung is a varied task, "headers, r=64", "headers, 1000 steps", "headers, 4x batch". Learning rates climb as in
 quality.py, and on the ladder of ranks every optimizer runs at five rates around its start besides, so that the loss at
-a rate that was chosen at another rank can be read off. Rows go to results/ladders.csv. Tables: report.py; plot: plots.py.
+a rate that was chosen at another rank can be read off. Rows go to results/ladders.csv. Tables: report.py; plot:
+plots.py.
 """
 
 import argparse
