@@ -5,8 +5,8 @@
 
 For each optimizer and task the learning rate climbs the task's grid (factor 2) on the validation loss until both
 neighbours of the best are worse, with a seed that is not reported; then the best runs with the seeds that are, and for
---horizons with fewer steps. Rows go to results/quality.csv, curves to results/quality_curves.csv. Tables: report.py;
-plots: plots.py.
+--horizons with fewer steps; GritKFAC runs at AdamW's best rate besides. Rows go to
+results/quality.csv, curves to results/quality_curves.csv. Tables: report.py; plots: plots.py.
 """
 
 import argparse
@@ -90,6 +90,14 @@ def run_all(
                     log.get(task, name, contestant, lr, seed, horizon)
 
 
+def run_drop_in(log: Log, tasks: Sequence[str], seeds: int) -> None:
+    """Run GritKFAC at the learning rate that is best for AdamW."""
+    for task in tasks:
+        lr = best_rate(log, task, "AdamW", CONTESTANTS["AdamW"])
+        for seed in range(SEARCH_SEED + 1, SEARCH_SEED + 1 + seeds):
+            log.get(task, "GritKFAC", CONTESTANTS["GritKFAC"], lr, seed)
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,6 +117,8 @@ def main() -> None:
     log = Log(args.out)
     names = {name: CONTESTANTS.get(name) for name in args.optimizers}
     run_all(log, args.tasks, names, args.seeds, args.horizons, SHORTER)
+    if {"AdamW", "GritKFAC"} <= set(names):
+        run_drop_in(log, args.tasks, args.seeds)
 
 
 if __name__ == "__main__":
