@@ -10,7 +10,7 @@ from typing import Any
 from contestants import CHOICES
 from harness import RESULTS, Row, read_csv
 from tasks import TASKS
-from training import SEARCH_SEED
+from training import SEARCH_SEED, chosen_rate
 
 BASE = "AdamW"
 HIDDEN = {name for names in CHOICES.values() for name in names} - {BASE}  # CHOICES stand for them
@@ -68,9 +68,16 @@ class Runs:
         return str(min(searched, key=lambda row: row["valid"])["optimizer"]) if searched else ""
 
     def rate(self, task: str, name: str) -> float:
-        """Return the learning rate with the lowest validation loss in the search."""
-        found = [row for row in self._of(task, name, 1.0) if row["seed"] == SEARCH_SEED]
-        return float(min(found, key=lambda row: row["valid"])["lr"])
+        """Return the learning rate that the search chooses."""
+        return chosen_rate({row["lr"]: row["valid"] for row in self.searched(task, name)})
+
+    def searched(self, task: str, name: str) -> list[Row]:
+        """Return the runs of the search."""
+        return [row for row in self._of(task, name, 1.0) if row["seed"] == SEARCH_SEED]
+
+    def at(self, task: str, name: str, lr: float) -> dict[int, Row]:
+        """Return the full runs at a learning rate by seed."""
+        return _by_seed(self._of(task, name, 1.0), lr)
 
     def at_edge(self, task: str, name: str) -> bool:
         """Whether the best learning rate is the highest or lowest of the grid."""
@@ -78,8 +85,9 @@ class Runs:
 
     def best(self, task: str, name: str, horizon: float = 1.0) -> dict[int, Row]:
         """Return the runs at the best learning rate by seed."""
-        lr = self.rate(task, name)
-        return _by_seed(self._of(task, name, horizon), lr)
+        if not self.searched(task, name):
+            return {}
+        return _by_seed(self._of(task, name, horizon), self.rate(task, name))
 
     def curves(self, task: str, name: str) -> dict[int, Row]:
         """Return the curves at the best learning rate by seed."""

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tasks.base import Batch
 from torch import Tensor, nn
 
 SEARCH_SEED = 0  # chooses learning rates; the seeds after it are reported
+TIE = 1e-3  # losses of the search that are closer, as a share, are a tie
 CHECKS = 10  # looks at the validation loss in a run
 KEY = ("task", "optimizer", "lr", "seed", "horizon")
 RUN_COLUMNS = (
@@ -31,6 +32,12 @@ def load(name: str) -> Task:
     if name not in _loaded:
         _loaded[name] = TASKS[name]()
     return _loaded[name]
+
+
+def chosen_rate(losses: Mapping[float, float]) -> float:
+    """Return the learning rate with the lowest loss; of several within a thousandth of it, the lowest rate."""
+    best = min(losses.values())
+    return min(lr for lr, loss in losses.items() if loss <= best + TIE * abs(best))
 
 
 def update_norm(model: nn.Module) -> float:
