@@ -4,9 +4,9 @@
     python benchmarks/quality.py --quick        # two seeds and three optimizers on the three smallest tasks
 
 For each optimizer and task the learning rate climbs the task's grid (factor 2) on the validation loss until both
-neighbours of the best are worse, with a seed that is not reported; of losses within 0.1 % the lowest rate is taken. Then
-the best runs with the seeds that are, and for --horizons with fewer steps; GritKFAC runs at AdamW's best rate besides.
-Rows go to results/quality.csv, curves to results/quality_curves.csv. Tables: report.py; plots: plots.py.
+neighbours of the best are worse, with a seed that is not reported; of losses within 0.1 % the lowest rate is taken.
+Then the best runs with the seeds that are, and for --horizons with fewer steps; GritKFAC runs at AdamW's best rate
+besides. Rows go to results/quality.csv, curves to results/quality_curves.csv. Tables: report.py; plots: plots.py.
 """
 
 import argparse
