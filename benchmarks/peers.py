@@ -17,6 +17,8 @@ CUTOFF = 1e-12  # eigenvalues of a float32 Gram matrix below this share of the l
 
 def inverse_root(S: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     """Return the pseudo-inverse of (S + shift I)^(1/2) for a positive semi-definite S ``(r, r)``."""
+    if not S.isfinite().all():  # a run that diverges; eigh would raise
+        return torch.full_like(S, torch.nan)
     values, vectors = torch.linalg.eigh(S.double())
     values = values.clamp(min=0) + shift
     kept = values > CUTOFF * values[-1]
@@ -126,5 +128,7 @@ class LoraRite(_Pairwise):
 
 
 def _escaped(V: Tensor, moved: Tensor) -> Tensor:
+    if not V.isfinite().all():
+        return V.new_tensor(torch.nan)
     falls = torch.linalg.eigvalsh(V) - torch.linalg.eigvalsh(moved)
     return torch.minimum(falls.max(), falls.sum()).clamp(min=0)

@@ -87,6 +87,19 @@ def steps_table(runs: Runs, to: str = BASE) -> list[Row]:
     return lines
 
 
+def shorter_table(runs: Runs) -> list[Row]:
+    """Return GritKFAC with fewer steps: Δ validation loss to full runs of AdamW, at default and at tuned betas."""
+    lines = []
+    for to in (BASE, TUNED):
+        for horizon in SHORTER:
+            line: Row = {"against": to, "steps": f"{horizon:g}"}
+            for task in runs.tasks():
+                values = runs.difference(task, "GritKFAC", "valid", horizon, to)
+                line[task] = shown(values, sign=True) if values else ""
+            lines.append(line)
+    return lines
+
+
 def drop_in_table(runs: Runs) -> list[Row]:
     """Return a line a task: GritKFAC at AdamW's best learning rate, less AdamW."""
     lines = []
@@ -266,6 +279,7 @@ def main() -> None:
         "quality": lambda: quality_table(runs),
         "steps": lambda: steps_table(runs),
         "steps, tuned betas": lambda: steps_table(runs, TUNED),
+        "fewer steps": lambda: shorter_table(runs),
         "betas": lambda: betas_table(runs),
         "drop-in": lambda: drop_in_table(runs),
         **{f"ladder of {part}": lambda part=part: ladder_table(ladders, part) for part in PARTS},
