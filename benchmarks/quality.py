@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 from contestants import CHOICES, CONTESTANTS, Contestant
-from harness import RESULTS
+from harness import RESULTS, append_csv, read_csv
 from tasks import TASKS
-from training import SEARCH_SEED, Log, chosen_rate
+from training import SEARCH_SEED, Log, chosen_rate, load
 
 # where the climb starts: near AdamW's best, so that few runs are spent on finding it
 START = {
     "language": 8e-3, "headers": 8e-3, "headers32": 8e-3, "sentences": 4e-3, "digits": 8e-3, "regression": 1.6e-2,
 }  # fmt: skip
+TEXTS = ("language", "headers", "headers32")  # the tasks whose earlier task has a loss before fine-tuning
 # the optimizers that also run with fewer steps
 SHORTER = ("AdamW", "GritKFAC", "GoRA + AdamW", "GoRA + GritKFAC")
 
@@ -98,6 +99,15 @@ def run_drop_in(log: Log, tasks: Sequence[str], seeds: int) -> None:
             log.get(task, "GritKFAC", CONTESTANTS["GritKFAC"], lr, seed)
 
 
+def measure_before(tasks: Sequence[str], path: Path) -> None:
+    """Record each task's losses before fine-tuning, where the CSV lacks them."""
+    known = {row["task"] for row in read_csv(path)}
+    for name in (name for name in tasks if name not in known):
+        task = load(name)
+        losses = {part: task.loss_on(task.base, part)[0] for part in ("valid", "test", "retention")}
+        append_csv(path, ("task", *losses), {"task": name, **losses})
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,6 +129,7 @@ def main() -> None:
     run_all(log, args.tasks, names, args.seeds, args.horizons, SHORTER)
     if {"AdamW", "GritKFAC"} <= set(names):
         run_drop_in(log, args.tasks, args.seeds)
+    measure_before([task for task in args.tasks if task in TEXTS], args.out.with_name("before.csv"))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,22 @@ def shorter_table(runs: Runs) -> list[Row]:
     return lines
 
 
+def forgetting_table(runs: Runs) -> list[Row]:
+    """Return a line a task and horizon: what GritKFAC forgets as a share of AdamW's, beside Δ validation loss."""
+    lines = []
+    for before in read_csv(RESULTS / "before.csv"):
+        task = before["task"]
+        for to in (BASE, TUNED):
+            for horizon in (1.0, *SHORTER[1:]):
+                line: Row = {"task": task, "against": to, "steps": f"{horizon:g}"}
+                base, ours = runs.best(task, to), runs.best(task, "GritKFAC", horizon)
+                pairs = [(row["retention"], base[seed]["retention"]) for seed, row in ours.items() if seed in base]
+                line["Δ validation loss"] = shown(runs.difference(task, "GritKFAC", "valid", horizon, to), sign=True)
+                line["forgotten"] = shown([(a - before["retention"]) / (b - before["retention"]) for a, b in pairs], 2)
+                lines.append(line)
+    return lines
+
+
 def drop_in_table(runs: Runs) -> list[Row]:
     """Return a line a task: GritKFAC at AdamW's best learning rate, less AdamW."""
     lines = []
@@ -280,6 +296,7 @@ def main() -> None:
         "steps": lambda: steps_table(runs),
         "steps, tuned betas": lambda: steps_table(runs, TUNED),
         "fewer steps": lambda: shorter_table(runs),
+        "forgetting": lambda: forgetting_table(runs),
         "betas": lambda: betas_table(runs),
         "drop-in": lambda: drop_in_table(runs),
         **{f"ladder of {part}": lambda part=part: ladder_table(ladders, part) for part in PARTS},
