@@ -56,8 +56,8 @@ def task_table(runs: Runs, task: str) -> list[Row]:
     return lines
 
 
-def quality_table(runs: Runs) -> list[Row]:
-    """Return a line an optimizer: the paired difference of test loss to AdamW, task by task."""
+def quality_table(runs: Runs, to: str = BASE) -> list[Row]:
+    """Return a line an optimizer: the paired difference of test loss to one of them, task by task."""
     lines = []
     for name in NAMES:
         line: Row = {"optimizer": name}
@@ -65,8 +65,8 @@ def quality_table(runs: Runs) -> list[Row]:
             if name not in runs.optimizers(task):
                 line[task] = ""
                 continue
-            values = runs.column(task, name, "test") if name == BASE else runs.difference(task, name, "test")
-            line[task] = shown(values, sign=name != BASE)
+            values = runs.column(task, name, "test") if name == to else runs.difference(task, name, "test", to=to)
+            line[task] = shown(values, sign=name != to)
         lines.append(line)
     return lines
 
@@ -293,6 +293,7 @@ def main() -> None:
     tables: dict[str, Callable[[], list[Row]]] = {
         "summary": lambda: summary_table(runs),
         "quality": lambda: quality_table(runs),
+        "quality, tuned betas": lambda: quality_table(runs, TUNED),
         "steps": lambda: steps_table(runs),
         "steps, tuned betas": lambda: steps_table(runs, TUNED),
         "fewer steps": lambda: shorter_table(runs),
