@@ -143,19 +143,25 @@ def ladders(runs: Runs) -> None:
     names = [
         name for name in ("AdamW, tuned betas", "GritKFAC", "Muon", "LoRA-Muon") if name in runs.optimizers(ranks[0])
     ]
-    figure, axes = panels(len(names) + len(PARTS), columns=4)
+    parts = {part: [t for t in rungs if "AdamW, tuned betas" in runs.optimizers(t)] for part, rungs in PARTS.items()}
+    parts = {part: rungs for part, rungs in parts.items() if rungs}
+    figure, axes = panels(len(names) + len(parts), columns=4)
     values = [r["valid"] for task in ranks for name in names for r in runs.searched(task, name)]
     low, high = min(values), statistics.median(values) + 0.15
     for axis, name in zip(axes, names, strict=False):
         for task, colour in zip(ranks, plt.get_cmap("viridis_r")([0.15, 0.35, 0.55, 0.75, 0.95]), strict=False):
             own = sorted(runs.searched(task, name), key=lambda r: r["lr"])
+            if not own:
+                continue
             x, y = [r["lr"] for r in own], [r["valid"] for r in own]
             axis.plot(x, y, color=colour, marker="o", ms=3, label=task.removeprefix("headers, "))
             axis.plot(x[y.index(min(y))], min(y), marker="*", ms=11, color=colour)
         axis.set(xscale="log", title=name, xlabel="learning rate (star: best)", ylabel="validation loss, nats per byte")
+        ticks = sorted({r["lr"] for task in ranks for r in runs.searched(task, name)})
+        axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks], rotation=45, fontsize=8)
+        axis.minorticks_off()
         axis.set_ylim(low - 0.02, high)
-    for axis, (part, rungs) in zip(axes[len(names) :], PARTS.items(), strict=True):
-        rungs = [task for task in rungs if "AdamW, tuned betas" in runs.optimizers(task)]
+    for axis, (part, rungs) in zip(axes[len(names) :], parts.items(), strict=True):
         _gains(axis, runs, part, rungs)
     finish(figure, axes, "ladders.png", "headers: learning rates by rank (seed that chooses), and Δ to the best AdamW")
 
@@ -173,7 +179,7 @@ def _gains(axis: Any, runs: Runs, part: str, rungs: Sequence[str]) -> None:
         axis.errorbar(x, mean, half, color=COLOURS[label], marker="o", ms=4, capsize=3, label=label)
     axis.axhline(0, color=COLOURS[BASE], lw=1)
     axis.set_xticks(range(len(rungs)), [task.removeprefix("headers, ") for task in rungs], fontsize=8)
-    axis.set(title=f"ladder of {part}", ylabel="Δ validation loss to AdamW, tuned betas")
+    axis.set(title=f"ladder of {part}", ylabel="Δ validation loss")
 
 
 def growth() -> None:
