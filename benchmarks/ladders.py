@@ -26,7 +26,7 @@ BATCHES = ("headers", "headers, 4x batch", "headers, 16x batch")
 PARTS = {"ranks": RANKS, "horizons": HORIZONS, "batches": BATCHES}
 # the optimizers of each ladder
 NAMES = {
-    "ranks": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "Muon", "LoRA-Muon (0.95)"),
+    "ranks": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "Muon", "LoRA-Muon (0.8)"),
     "horizons": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "GritKFAC (0.9, 0.999)"),
     "batches": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "Muon"),
 }
