@@ -23,6 +23,11 @@ MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", flags=re.DO
 SHORTER = (0.8, 0.7, 0.6)
 NAMES = [name for name in (*CONTESTANTS, *CHOICES) if name not in HIDDEN]
 TUNED = "AdamW, tuned betas"
+# close relatives and peers of GritKFAC
+AGAINST = (
+    TUNED, "GritKFAC, no outer factors", "GritKFAC (0.9, 0.999)", "GritKFAC eigen", "LoRA-Muon", "LoRA-RITE", "Muon",
+    "SOAP",
+)  # fmt: skip
 
 
 def summary_table(runs: Runs) -> list[Row]:
@@ -67,6 +72,18 @@ def quality_table(runs: Runs, to: str = BASE) -> list[Row]:
                 continue
             values = runs.column(task, name, "test") if name == to else runs.difference(task, name, "test", to=to)
             line[task] = shown(values, sign=name != to)
+        lines.append(line)
+    return lines
+
+
+def against_table(runs: Runs) -> list[Row]:
+    """Return a line a close relative or peer: GritKFAC's test loss less its, task by task."""
+    lines = []
+    for name in AGAINST:
+        line: Row = {"`GritKFAC` less": name}
+        for task in runs.tasks():
+            values = runs.difference(task, "GritKFAC", "test", to=name) if name in runs.optimizers(task) else []
+            line[task] = shown(values, sign=True) if values else ""
         lines.append(line)
     return lines
 
@@ -294,6 +311,7 @@ def main() -> None:
         "summary": lambda: summary_table(runs),
         "quality": lambda: quality_table(runs),
         "quality, tuned betas": lambda: quality_table(runs, TUNED),
+        "GritKFAC less": lambda: against_table(runs),
         "steps": lambda: steps_table(runs),
         "steps, tuned betas": lambda: steps_table(runs, TUNED),
         "fewer steps": lambda: shorter_table(runs),
