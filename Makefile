@@ -39,12 +39,14 @@ bench: $(READY)
 	$(RUN) benchmarks/report.py
 	$(RUN) benchmarks/plots.py
 
-# hours: every CSV of benchmarks/results anew (quality and ablations go on where their CSVs end)
+# hours: every CSV of benchmarks/results anew (the training runs resume where their CSVs end)
 bench-full: $(READY)
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/quality.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/ablations.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/gora_starts.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/ladders.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/spectra.py
 	$(RUN) benchmarks/report.py
 	$(RUN) benchmarks/plots.py

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peers import LoraMuon, LoraRite
 from tasks import Task
 from torch import Tensor, nn
 
@@ -115,6 +116,23 @@ def _muon(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
     return [muon, *([torch.optim.AdamW(others, lr=lr, weight_decay=0.0)] if others else [])]
 
 
+def _peer(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[Task, nn.Module, float, int], Optimizers]:
+    """An optimizer of `peers` for the pairs, AdamW for what trains besides."""
+
+    def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
+        from curvopt import find_lora_pairs
+
+        pairs = [(pair.A, pair.B) for pair in find_lora_pairs(model)]
+        known = {id(p) for pair in pairs for p in pair}
+        others = [p for p in trainable(model) if id(p) not in known]
+        return [
+            kind(pairs, lr=lr, **options),
+            *([torch.optim.AdamW(others, lr=lr, weight_decay=0.0)] if others else []),
+        ]
+
+    return make
+
+
 def _natural(task: Any, model: nn.Module, lr: float, steps: int) -> Optimizers:
     from tasks.regression import NaturalGradient
 
@@ -123,6 +141,8 @@ def _natural(task: Any, model: nn.Module, lr: float, steps: int) -> Optimizers:
 
 CONTESTANTS: dict[str, Contestant] = {
     "AdamW": Contestant(adamw()),
+    "AdamW (0.9, 0.99)": Contestant(adamw(betas=(0.9, 0.99))),
+    "AdamW (0.8, 0.99)": Contestant(adamw(betas=(0.8, 0.99))),
     "AdamW (0.7, 0.99)": Contestant(adamw(betas=(0.7, 0.99))),
     "GritKFAC": Contestant(grit()),
     "GritKFAC (0.9, 0.999)": Contestant(grit(betas=(0.9, 0.999))),
@@ -135,9 +155,22 @@ CONTESTANTS: dict[str, Contestant] = {
     "SOAP": Contestant(_soap),
     "Riemannian": Contestant(_riemannian),
     "Muon": Contestant(_muon),
+    # η of LoRA-Muon is a length in W, about eight times an element's step
+    "LoRA-Muon (0.95)": Contestant(_peer(LoraMuon, momentum=0.95), start=8),
+    "LoRA-Muon (0.8)": Contestant(_peer(LoraMuon, momentum=0.8), start=8),
+    "LoRA-RITE (0.9, 0.999)": Contestant(_peer(LoraRite, escape=False)),  # as its authors' code, and a little better
+    "LoRA-RITE (0.7, 0.99)": Contestant(_peer(LoraRite, betas=(0.7, 0.99), escape=False)),
     "orthogonal": Contestant(adamw(), "orthogonal"),
     "DoRA": Contestant(adamw(), "dora"),
     "Shampoo": Contestant(_shampoo, start=1 / 8),
     "IA3": Contestant(adamw(), "ia3"),
     "natural gradient": Contestant(_natural, tasks=("regression",)),
+}
+
+# By name, contestants that differ in betas or momentum alone: the one with the lowest validation loss on the seed that
+# chooses learning rates, each at its best, stands for the name on a task.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "AdamW, tuned betas": ("AdamW", "AdamW (0.9, 0.99)", "AdamW (0.8, 0.99)", "AdamW (0.7, 0.99)"),
+    "LoRA-Muon": ("LoRA-Muon (0.95)", "LoRA-Muon (0.8)"),
+    "LoRA-RITE": ("LoRA-RITE (0.9, 0.999)", "LoRA-RITE (0.7, 0.99)"),
 }

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from contestants import CHOICES
 from harness import RESULTS, Row, read_csv
 from tasks import TASKS
-from training import SEARCH_SEED
+from training import SEARCH_SEED, chosen_rate
 
 BASE = "AdamW"
+HIDDEN = {name for names in CHOICES.values() for name in names} - {BASE}  # CHOICES stand for them
 
 
 def student(n: int) -> float:
@@ -52,14 +54,30 @@ class Runs:
         return [task for task in TASKS if task in found]
 
     def optimizers(self, task: str) -> list[str]:
-        """Optimizers of a task, AdamW first."""
+        """Optimizers of a task, AdamW first; a name of CHOICES in place of its variants."""
         found = dict.fromkeys(row["optimizer"] for row in self.rows if row["task"] == task)
-        return sorted((name for name in found if self.best(task, name)), key=lambda name: name != BASE)
+        names = [*(n for n in found if n not in HIDDEN), *(n for n in CHOICES if self.variant(task, n))]
+        return sorted((name for name in names if self.best(task, name)), key=lambda name: name != BASE)
+
+    def variant(self, task: str, name: str) -> str:
+        """Return the optimizer that a name stands for: of CHOICES the best of the search, "" if none was searched."""
+        if name not in CHOICES:
+            return name
+        rows = _select((r for r in self.rows if r["seed"] == SEARCH_SEED), task, None, 1.0)
+        searched = [row for row in rows if row["optimizer"] in CHOICES[name]]
+        return str(min(searched, key=lambda row: row["valid"])["optimizer"]) if searched else ""
 
     def rate(self, task: str, name: str) -> float:
-        """Return the learning rate with the lowest validation loss in the search."""
-        found = [row for row in self._of(task, name, 1.0) if row["seed"] == SEARCH_SEED]
-        return float(min(found, key=lambda row: row["valid"])["lr"])
+        """Return the learning rate that the search chooses."""
+        return chosen_rate({row["lr"]: row["valid"] for row in self.searched(task, name)})
+
+    def searched(self, task: str, name: str) -> list[Row]:
+        """Return the runs of the search."""
+        return [row for row in self._of(task, name, 1.0) if row["seed"] == SEARCH_SEED]
+
+    def at(self, task: str, name: str, lr: float) -> dict[int, Row]:
+        """Return the full runs at a learning rate by seed."""
+        return _by_seed(self._of(task, name, 1.0), lr)
 
     def at_edge(self, task: str, name: str) -> bool:
         """Whether the best learning rate is the highest or lowest of the grid."""
@@ -67,21 +85,22 @@ class Runs:
 
     def best(self, task: str, name: str, horizon: float = 1.0) -> dict[int, Row]:
         """Return the runs at the best learning rate by seed."""
-        lr = self.rate(task, name)
-        return _by_seed(self._of(task, name, horizon), lr)
+        if not self.searched(task, name):
+            return {}
+        return _by_seed(self._of(task, name, horizon), self.rate(task, name))
 
     def curves(self, task: str, name: str) -> dict[int, Row]:
         """Return the curves at the best learning rate by seed."""
         lr = self.rate(task, name)
-        return _by_seed(_select(self._curves, task, name, 1.0), lr)
+        return _by_seed(_select(self._curves, task, self.variant(task, name), 1.0), lr)
 
     def column(self, task: str, name: str, key: str, horizon: float = 1.0) -> list[float]:
         """Return one column of the best runs."""
         return [row[key] for row in self.best(task, name, horizon).values() if row[key] is not None]
 
-    def difference(self, task: str, name: str, key: str, horizon: float = 1.0) -> list[float]:
-        """Return differences to AdamW's full runs of the same seeds."""
-        base = self.best(task, BASE)
+    def difference(self, task: str, name: str, key: str, horizon: float = 1.0, to: str = BASE) -> list[float]:
+        """Return differences to the full runs of another optimizer, AdamW by default, of the same seeds."""
+        base = self.best(task, to)
         runs = self.best(task, name, horizon)
         return [row[key] - base[seed][key] for seed, row in runs.items() if seed in base and row[key] is not None]
 
@@ -123,11 +142,12 @@ class Runs:
         return found
 
     def _of(self, task: str, name: str, horizon: float | None) -> list[Row]:
-        return _select(self.rows, task, name, horizon)
+        return _select(self.rows, task, self.variant(task, name), horizon)
 
 
-def _select(rows: Iterable[Row], task: str, name: str, horizon: float | None) -> list[Row]:
-    return [r for r in rows if r["task"] == task and r["optimizer"] == name and horizon in (None, r["horizon"])]
+def _select(rows: Iterable[Row], task: str, name: str | None, horizon: float | None) -> list[Row]:
+    found = (r for r in rows if r["task"] == task and horizon in (None, r["horizon"]))
+    return [r for r in found if name in (None, r["optimizer"])]
 
 
 def _by_seed(rows: Iterable[Row], lr: float) -> dict[int, Row]:

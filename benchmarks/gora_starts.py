@@ -3,7 +3,8 @@
     python benchmarks/gora_starts.py                # resumes where results/gora_starts.csv ends
 
 The learning rate of a task is the one that quality.py chose for the optimizer without a start. 8 of the run's steps are
-the calibration. Rows go to results/gora_starts.csv, curves beside it.
+the calibration. Runs that quality.py has made are taken from its CSV. Rows go to
+results/gora_starts.csv, curves beside it.
 """
 
 import argparse
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 from contestants import Contestant, Optimizers, adamw, gora, grit
-from harness import RESULTS, read_csv, spread
+from findings import Runs
+from harness import RESULTS, spread
 from tasks import TASKS, Task
 from torch import nn
-from training import SEARCH_SEED, Log
+from training import KEY, SEARCH_SEED, Log
 
 THEN = {"AdamW": adamw(), "GritKFAC": grit()}
 STARTS: dict[str, dict[str, Any]] = {
@@ -49,29 +51,28 @@ def contestants(name: str) -> dict[str, Contestant]:
     return found | {f"{start} + {name}": Contestant(started(then, **kw)) for start, kw in STARTS.items()}
 
 
-def rate(task: str, name: str) -> float:
-    """Return the learning rate that the quality benchmark reports for an optimizer."""
-    rows = read_csv(RESULTS / "quality.csv")
-    return next(float(r["lr"]) for r in rows if (r["task"], r["optimizer"]) == (task, name) and r["seed"] > SEARCH_SEED)
-
-
 def main() -> None:
     """Run what is missing, and print the means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["headers", "language"], choices=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--tasks", nargs="+", default=["headers", "headers32", "digits", "language", "sentences"], choices=list(TASKS)
+    )
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="labels; all by default")
     parser.add_argument("--out", type=Path, default=RESULTS / "gora_starts.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    log = Log(args.out)
+    log, quality = Log(args.out), Runs()
+    same = {tuple(row[k] for k in KEY): row for row in quality.rows}
     for task in args.tasks:
         for seed in range(SEARCH_SEED + 1, SEARCH_SEED + 1 + args.seeds):
             for name in THEN:
                 for label, contestant in contestants(name).items():
                     if args.only is None or label in args.only:
-                        log.get(task, label, contestant, rate(task, name), seed)
+                        lr = quality.rate(task, name)
+                        log.take(same.get((task, label, lr, seed, 1.0)))
+                        log.get(task, label, contestant, lr, seed)
     for task in args.tasks:
         for label in dict.fromkeys(row["optimizer"] for row in log.rows if row["task"] == task):
             rows = [row for row in log.rows if (row["task"], row["optimizer"]) == (task, label)]

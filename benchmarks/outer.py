@@ -25,7 +25,7 @@ import training
 from contestants import Contestant, grit
 from harness import RESULTS, Row, append_csv, table
 from outer_prototype import OuterPolar
-from tasks import TASKS, Task
+from tasks import Task, register
 from torch import nn
 from training import SEARCH_SEED, Log
 
@@ -149,25 +149,6 @@ GROUPS: dict[str, list[str]] = {
     "shape": [f"{f} full, {s}" for f in ("gradient", "activation") for s in ("blocks of 16", "diagonal")],
     "long": ["AdamW (0.9, 0.999)", "AdamW (0.7, 0.99)", f"{BEFORE} (0.9, 0.999)", BEFORE],
 }
-
-
-def register(name: str) -> str:
-    """Register a varied task and return its name."""
-    if name in TASKS:
-        return name
-    base, *changes = name.split(", ")
-    own: dict[str, Any] = {"name": name}
-    for change in changes:
-        if change.endswith("x batch"):
-            own["batch"] = TASKS[base].batch * int(change.removesuffix("x batch"))  # type: ignore[attr-defined]
-        elif change.endswith(" steps"):
-            own["steps"] = int(change.removesuffix(" steps"))
-        elif change.startswith("r="):
-            own["rank"] = int(change[2:])
-        else:
-            raise ValueError(change)
-    TASKS[name] = type(name, (TASKS[base],), own)
-    return name
 
 
 def tuned(log: Log, task: str, name: str, run: bool = True) -> float | None:

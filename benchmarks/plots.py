@@ -12,21 +12,22 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from findings import BASE, Runs, exponent, step_times
+from findings import BASE, Runs, exponent, interval, step_times
 from harness import RESULTS, Row, read_csv
+from ladders import PARTS, RANKS
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from tasks import TASKS
-from training import SEARCH_SEED
 
 DPI = 130
 # one colour an optimizer in every plot; those that are not named share a grey
 COLOURS = {
     "AdamW": "#222222", "GritKFAC": "#d62728", "GritKFAC eigen": "#ff7f0e", "GritKFAC, ranks": "#ff9896",
-    "GoRA + AdamW": "#7f7f7f",
-    "GoRA + GritKFAC": "#9467bd", "LoRA+": "#1f77b4", "SOAP": "#2ca02c", "Riemannian": "#8c564b", "Muon": "#e377c2",
+    "AdamW, tuned betas": "#7f7f7f", "LoRA-Muon": "#1f77b4", "LoRA-RITE": "#8c564b",
+    "GoRA + AdamW": "#c7c7c7", "GritKFAC (0.9, 0.999)": "#ff9896", "GritKFAC, 0.7 of the steps": "#ff7f0e",
+    "GoRA + GritKFAC": "#9467bd", "LoRA+": "#aec7e8", "SOAP": "#2ca02c", "Riemannian": "#c49c94", "Muon": "#e377c2",
     "orthogonal": "#17becf", "DoRA": "#bcbd22", "Shampoo": "#9edae5", "IA3": "#aec7e8", "natural gradient": "#98df8a",
 }  # fmt: skip
-SHOWN = ("AdamW", "GritKFAC", "GritKFAC eigen", "GoRA + GritKFAC", "SOAP", "Muon")
+SHOWN = ("AdamW", "AdamW, tuned betas", "GritKFAC", "SOAP", "Muon", "LoRA-Muon")
 
 
 def panels(n: int, columns: int = 3, height: float = 3.4) -> tuple[Any, list[Any]]:
@@ -94,10 +95,10 @@ def rates(runs: Runs) -> None:
     tasks = runs.tasks()
     figure, axes = panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
-        searched = [r for r in runs.rows if (r["task"], r["seed"], r["horizon"]) == (task, SEARCH_SEED, 1.0)]
-        searched = sorted((r for r in searched if r["optimizer"] in SHOWN), key=lambda r: r["lr"])
-        for name in SHOWN:
-            own = [r for r in searched if r["optimizer"] == name]
+        searched = []
+        for name in (name for name in SHOWN if name in runs.optimizers(task)):
+            own = sorted(runs.searched(task, name), key=lambda r: r["lr"])
+            searched += own
             axis.plot(
                 [r["lr"] for r in own], [r["valid"] for r in own], marker="o", ms=4, color=COLOURS[name], label=name
             )
@@ -121,7 +122,8 @@ def frontier(runs: Runs) -> None:
     figure, axes = panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         for name in (name for name in SHOWN if name in runs.optimizers(task)):
-            own = [r for r in runs.rows if (r["task"], r["optimizer"]) == (task, name) and r["update_norm"]]
+            own = [r for r in runs.rows if (r["task"], r["optimizer"]) == (task, runs.variant(task, name))]
+            own = [r for r in own if r["update_norm"]]
             own = [r for r in own if math.isfinite(r["update_norm"]) and math.isfinite(r["retention"])]
             xy = [(r["update_norm"], r["retention"]) for r in own]
             axis.scatter(*zip(*xy, strict=True), s=16, color=COLOURS[name], label=name, alpha=0.75)
@@ -131,6 +133,53 @@ def frontier(runs: Runs) -> None:
         if task == "sentences":
             axis.set_ylabel("1 − cosine to earlier embeddings")
     finish(figure, axes, "frontier.png", "Size of the update against retention: one point a run, all learning rates")
+
+
+def ladders(runs: Runs) -> None:
+    """Loss against learning rate by rank, an optimizer a panel; then Δ to the best AdamW by rank, steps and batch."""
+    ranks = [task for task in RANKS if runs.optimizers(task)]
+    if not ranks:
+        return
+    names = [
+        name for name in ("AdamW, tuned betas", "GritKFAC", "Muon", "LoRA-Muon") if name in runs.optimizers(ranks[0])
+    ]
+    parts = {part: [t for t in rungs if "AdamW, tuned betas" in runs.optimizers(t)] for part, rungs in PARTS.items()}
+    parts = {part: rungs for part, rungs in parts.items() if rungs}
+    figure, axes = panels(len(names) + len(parts), columns=4)
+    values = [r["valid"] for task in ranks for name in names for r in runs.searched(task, name)]
+    low, high = min(values), statistics.median(values) + 0.15
+    for axis, name in zip(axes, names, strict=False):
+        for task, colour in zip(ranks, plt.get_cmap("viridis_r")([0.15, 0.35, 0.55, 0.75, 0.95]), strict=False):
+            own = sorted(runs.searched(task, name), key=lambda r: r["lr"])
+            if not own:
+                continue
+            x, y = [r["lr"] for r in own], [r["valid"] for r in own]
+            axis.plot(x, y, color=colour, marker="o", ms=3, label=task.removeprefix("headers, "))
+            axis.plot(x[y.index(min(y))], min(y), marker="*", ms=11, color=colour)
+        axis.set(xscale="log", title=name, xlabel="learning rate (star: best)", ylabel="validation loss, nats per byte")
+        ticks = sorted({r["lr"] for task in ranks for r in runs.searched(task, name)})
+        axis.set_xticks(ticks, [f"{lr:g}" for lr in ticks], rotation=45, fontsize=8)
+        axis.minorticks_off()
+        axis.set_ylim(low - 0.02, high)
+    for axis, (part, rungs) in zip(axes[len(names) :], parts.items(), strict=True):
+        _gains(axis, runs, part, rungs)
+    finish(figure, axes, "ladders.png", "headers: learning rates by rank (seed that chooses), and Δ to the best AdamW")
+
+
+def _gains(axis: Any, runs: Runs, part: str, rungs: Sequence[str]) -> None:
+    shown = [("GritKFAC", 1.0), ("GritKFAC", 0.7), ("GritKFAC (0.9, 0.999)", 1.0), ("Muon", 1.0), ("LoRA-Muon", 1.0)]
+    for name, horizon in shown:
+        label = name if horizon == 1 else f"{name}, {horizon:g} of the steps"
+        here = [task for task in rungs if name in runs.optimizers(task) and runs.best(task, name, horizon)]
+        if not here:
+            continue
+        found = [interval(runs.difference(task, name, "valid", horizon, "AdamW, tuned betas")) for task in here]
+        mean, half = zip(*found, strict=True)
+        x = [rungs.index(task) for task in here]
+        axis.errorbar(x, mean, half, color=COLOURS[label], marker="o", ms=4, capsize=3, label=label)
+    axis.axhline(0, color=COLOURS[BASE], lw=1)
+    axis.set_xticks(range(len(rungs)), [task.removeprefix("headers, ") for task in rungs], fontsize=8)
+    axis.set(title=f"ladder of {part}", ylabel="Δ validation loss")
 
 
 def growth() -> None:
@@ -224,6 +273,7 @@ def main() -> None:
         loss_curves(runs, "seconds")
         rates(runs)
         frontier(runs)
+    ladders(Runs(RESULTS / "ladders.csv"))
     growth()
     split()
     spectra()

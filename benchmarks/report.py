@@ -2,24 +2,32 @@
 
     python benchmarks/report.py
 
-A pair of markers in README.md or docs/benchmarks.md is ``<!-- table: NAME -->`` and ``<!-- end -->``; the text between
-them is replaced. A name that no table has is an error.
+A pair of markers in one of TEXTS is ``<!-- table: NAME -->`` and ``<!-- end -->``; the text between them is replaced. A
+name that no table has is an error.
 """
 
 import re
 import statistics
 from collections.abc import Callable
 
-from contestants import CONTESTANTS
-from findings import BASE, Runs, exponent, number, shown, step_times
+from contestants import CHOICES, CONTESTANTS
+from findings import BASE, HIDDEN, Runs, exponent, number, shown, step_times
 from harness import RESULTS, Row, read_csv, table
+from ladders import PARTS, RANKS
 from tasks import TASKS
+from training import SEARCH_SEED
 
 ROOT = RESULTS.parents[1]
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+TEXTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "outer-factors", "gora")))
 MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHORTER = (0.8, 0.7, 0.6)
-TUNED = "AdamW (0.7, 0.99)"
+NAMES = [name for name in (*CONTESTANTS, *CHOICES) if name not in HIDDEN]
+TUNED = "AdamW, tuned betas"
+# close relatives and peers of GritKFAC
+AGAINST = (
+    TUNED, "GritKFAC, no outer factors", "GritKFAC (0.9, 0.999)", "GritKFAC eigen", "LoRA-Muon", "LoRA-RITE", "Muon",
+    "SOAP",
+)  # fmt: skip
 
 
 def summary_table(runs: Runs) -> list[Row]:
@@ -58,30 +66,159 @@ def task_table(runs: Runs, task: str) -> list[Row]:
     return lines
 
 
-def quality_table(runs: Runs) -> list[Row]:
-    """Return a line an optimizer: the paired difference of test loss to AdamW, task by task."""
+def quality_table(runs: Runs, to: str = BASE) -> list[Row]:
+    """Return a line an optimizer: the paired difference of test loss to one of them, task by task."""
     lines = []
-    for name in CONTESTANTS:
+    for name in NAMES:
         line: Row = {"optimizer": name}
         for task in runs.tasks():
             if name not in runs.optimizers(task):
                 line[task] = ""
                 continue
-            values = runs.column(task, name, "test") if name == BASE else runs.difference(task, name, "test")
-            line[task] = shown(values, sign=name != BASE)
+            values = runs.column(task, name, "test") if name == to else runs.difference(task, name, "test", to=to)
+            line[task] = shown(values, sign=name != to)
         lines.append(line)
     return lines
 
 
-def steps_table(runs: Runs) -> list[Row]:
-    """Return a line an optimizer that was run with fewer steps: Δ validation loss to AdamW's full run."""
+def against_table(runs: Runs) -> list[Row]:
+    """Return a line a close relative or peer: GritKFAC's test loss less its, task by task."""
+    lines = []
+    for name in AGAINST:
+        line: Row = {"`GritKFAC` less": name}
+        for task in runs.tasks():
+            values = runs.difference(task, "GritKFAC", "test", to=name) if name in runs.optimizers(task) else []
+            line[task] = shown(values, sign=True) if values else ""
+        lines.append(line)
+    return lines
+
+
+def steps_table(runs: Runs, to: str = BASE) -> list[Row]:
+    """Return a line an optimizer that was run with fewer steps: Δ validation loss to a full run of AdamW."""
     lines = []
     for name in dict.fromkeys(row["optimizer"] for row in runs.rows if row["horizon"] in SHORTER):
+        if name in HIDDEN:
+            continue
         for horizon in (1.0, *SHORTER):
             line: Row = {"optimizer": name, "steps": f"{horizon:g}"}
             for task in runs.tasks():
-                values = runs.difference(task, name, "valid", horizon) if name in runs.optimizers(task) else []
+                values = runs.difference(task, name, "valid", horizon, to) if name in runs.optimizers(task) else []
                 line[task] = shown(values, sign=True) if values else ""
+            if any(line[task] for task in runs.tasks()):
+                lines.append(line)
+    return lines
+
+
+def shorter_table(runs: Runs) -> list[Row]:
+    """Return GritKFAC with fewer steps: Δ validation loss to full runs of AdamW, at default and at tuned betas."""
+    lines = []
+    for to in (BASE, TUNED):
+        for horizon in SHORTER:
+            line: Row = {"against": to, "steps": f"{horizon:g}"}
+            for task in runs.tasks():
+                values = runs.difference(task, "GritKFAC", "valid", horizon, to)
+                line[task] = shown(values, sign=True) if values else ""
+            lines.append(line)
+    return lines
+
+
+def forgetting_table(runs: Runs) -> list[Row]:
+    """Return a line a task and horizon: what GritKFAC forgets as a share of AdamW's, beside Δ validation loss."""
+    lines = []
+    for before in read_csv(RESULTS / "before.csv"):
+        task = before["task"]
+        for to in (BASE, TUNED):
+            for horizon in (1.0, *SHORTER[1:]):
+                line: Row = {"task": task, "against": to, "steps": f"{horizon:g}"}
+                base, ours = runs.best(task, to), runs.best(task, "GritKFAC", horizon)
+                pairs = [(row["retention"], base[seed]["retention"]) for seed, row in ours.items() if seed in base]
+                line["Δ validation loss"] = shown(runs.difference(task, "GritKFAC", "valid", horizon, to), sign=True)
+                line["forgotten"] = shown([(a - before["retention"]) / (b - before["retention"]) for a, b in pairs], 2)
+                lines.append(line)
+    return lines
+
+
+def drop_in_table(runs: Runs) -> list[Row]:
+    """Return a line a task: GritKFAC at AdamW's best learning rate, less AdamW."""
+    lines = []
+    for task in runs.tasks():
+        lr, line = runs.rate(task, BASE), {"task": task}
+        line["AdamW's rate, GritKFAC's"] = f"{lr:g}, {runs.rate(task, 'GritKFAC'):g}"
+        for key in ("valid", "test"):
+            base, ours = runs.best(task, BASE), runs.at(task, "GritKFAC", lr)
+            values = [row[key] - base[seed][key] for seed, row in ours.items() if seed in base]
+            line[f"Δ {key}"] = shown(values, sign=True) if values else ""
+        lines.append(line)
+    return lines
+
+
+def betas_table(runs: Runs) -> list[Row]:
+    """Return a line a task: AdamW's lowest loss on the seed that chooses, by betas; the chosen ones in bold."""
+    lines = []
+    for task in runs.tasks():
+        line: Row = {"task": task}
+        for name in CHOICES[TUNED]:
+            found = [r["valid"] for r in runs.rows if (r["task"], r["optimizer"]) == (task, name) and not r["seed"]]
+            text = f"{min(found):.4f}" if found else ""
+            label = "(0.9, 0.999)" if name == BASE else name.removeprefix("AdamW ")
+            line[label] = f"**{text}**" if text and runs.variant(task, TUNED) == name else text
+        lines.append(line)
+    return lines
+
+
+def ladder_table(runs: Runs, part: str) -> list[Row]:
+    """Return a line an optimizer: Δ validation loss to the best AdamW, and the learning rate, rung by rung."""
+    rungs = [task for task in PARTS[part] if runs.optimizers(task)]
+    names = dict.fromkeys(name for task in rungs for name in runs.optimizers(task))
+    lines = []
+    for name in sorted(names, key=lambda n: n != TUNED):
+        for horizon in (1.0, *SHORTER):
+            line: Row = {"optimizer": name if horizon == 1 else f"{name}, {horizon:g} of the steps"}
+            for task in rungs:
+                found = runs.best(task, name, horizon) if name in runs.optimizers(task) else {}
+                if not found:
+                    continue
+                if name == TUNED:
+                    text = shown([row["valid"] for row in found.values()])
+                else:
+                    text = shown(runs.difference(task, name, "valid", horizon, TUNED), sign=True)
+                rate = f" @{runs.rate(task, name):g}" if horizon == 1 else ""
+                line[task.removeprefix("headers, ")] = text + rate
+            if len(line) > 1:
+                lines.append(line)
+    return lines
+
+
+def transfer_table(runs: Runs) -> list[Row]:
+    """Return a line an optimizer: its best learning rate by rank, and what keeping rank 8's costs."""
+    rungs = [task for task in RANKS if runs.optimizers(task)]
+    lines = []
+    for name in dict.fromkeys(name for task in rungs for name in runs.optimizers(task)):
+        line: Row = {"optimizer": name}
+        for task in (task for task in rungs if name in runs.optimizers(task)):
+            kept = runs.rate(rungs[0], name)
+            searched = {row["lr"]: row["valid"] for row in runs.searched(task, name)}
+            best = min(searched.values())
+            rise = f" (+{searched[kept] - best:.4f})" if kept in searched else " (–)"
+            line[task.removeprefix("headers, ")] = f"{runs.rate(task, name):g}" + (rise if task != rungs[0] else "")
+        lines.append(line)
+    return lines
+
+
+def starts_table() -> list[Row]:
+    """Return a line a start and optimizer: Δ test loss to the optimizer without a start, task by task."""
+    rows = [row for row in read_csv(RESULTS / "gora_starts.csv") if row["seed"] != SEARCH_SEED]
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    lines = []
+    for name in ("AdamW", "GritKFAC"):
+        for label in dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"].endswith(name)):
+            line: Row = {"start + optimizer": label}
+            for task in tasks:
+                of = {(r["optimizer"], r["seed"]): r["test"] for r in rows if r["task"] == task}
+                own = {seed: loss for (optimizer, seed), loss in of.items() if optimizer == label}
+                base = {seed: of[name, seed] for seed in own if (name, seed) in of}
+                values = list(own.values()) if label == name else [own[s] - base[s] for s in base]
+                line[task] = shown(values, sign=label != name) if values else ""
             lines.append(line)
     return lines
 
@@ -174,11 +311,21 @@ def fill(text: str, bodies: dict[str, str]) -> str:
 
 def main() -> None:
     """Write results/tables.md and the tables of README.md and docs/benchmarks.md."""
-    runs = Runs()
+    runs, ladders = Runs(), Runs(RESULTS / "ladders.csv")
     tables: dict[str, Callable[[], list[Row]]] = {
         "summary": lambda: summary_table(runs),
         "quality": lambda: quality_table(runs),
+        "quality, tuned betas": lambda: quality_table(runs, TUNED),
+        "GritKFAC less": lambda: against_table(runs),
         "steps": lambda: steps_table(runs),
+        "steps, tuned betas": lambda: steps_table(runs, TUNED),
+        "fewer steps": lambda: shorter_table(runs),
+        "forgetting": lambda: forgetting_table(runs),
+        "betas": lambda: betas_table(runs),
+        "drop-in": lambda: drop_in_table(runs),
+        **{f"ladder of {part}": lambda part=part: ladder_table(ladders, part) for part in PARTS},
+        "rates by rank": lambda: transfer_table(ladders),
+        "starts": starts_table,
         "parameters": lambda: parameters_table(runs),
         **{f"task {task}": lambda task=task: task_table(runs, task) for task in runs.tasks()},
         "ablations": ablation_table,

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tasks.base import Batch
 from torch import Tensor, nn
 
 SEARCH_SEED = 0  # chooses learning rates; the seeds after it are reported
+TIE = 1e-3  # losses of the search that are closer, as a share, are a tie
 CHECKS = 10  # looks at the validation loss in a run
 KEY = ("task", "optimizer", "lr", "seed", "horizon")
 RUN_COLUMNS = (
@@ -33,6 +34,12 @@ def load(name: str) -> Task:
     return _loaded[name]
 
 
+def chosen_rate(losses: Mapping[float, float]) -> float:
+    """Return the learning rate with the lowest loss; of several within a thousandth of it, the lowest rate."""
+    best = min(losses.values())
+    return min(lr for lr, loss in losses.items() if loss <= best + TIE * abs(best))
+
+
 def update_norm(model: nn.Module) -> float:
     """Return ‖ΔW‖_F over all pairs, ΔW = s B A; NaN for adapters that are no pairs."""
     total, found = 0.0, False
@@ -45,7 +52,13 @@ def update_norm(model: nn.Module) -> float:
 
 
 def run(
-    task_name: str, name: str, contestant: Contestant, lr: float, seed: int, horizon: float = 1.0
+    task_name: str,
+    name: str,
+    contestant: Contestant,
+    lr: float,
+    seed: int,
+    horizon: float = 1.0,
+    checks: int | None = None,
 ) -> tuple[Row, Row]:
     """Fine-tune on this thread and measure.
 
@@ -56,11 +69,12 @@ def run(
         lr: peak learning rate; it decays linearly to zero.
         seed: of the adapter's start and of the batches, the same for every contestant.
         horizon: share of the task's steps; the learning rate decays over these.
+        checks: looks at the validation loss; `CHECKS` by default.
 
     Returns:
-        A row of results and a row with the curve (lists of `CHECKS` numbers).
+        A row of results and a row with the curve (lists of ``checks`` numbers).
     """
-    task = load(task_name)
+    task, checks = load(task_name), checks or CHECKS
     steps = round(task.steps * horizon)
     model = task.build(seed, contestant.kind)
     torch.manual_seed(seed)  # for contestants that draw: GoRAInit, new rows of A
@@ -92,8 +106,8 @@ def run(
         seconds += time.process_time() - start
         if not math.isfinite(losses[-1]):
             break
-        if (step + 1) * CHECKS // steps > step * CHECKS // steps:
-            values = step + 1, task.valid(model), statistics.fmean(losses[-steps // CHECKS :]), seconds
+        if (step + 1) * checks // steps > step * checks // steps:
+            values = step + 1, task.valid(model), statistics.fmean(losses[-steps // checks :]), seconds
             for key, value in zip(curve, values, strict=True):
                 curve[key].append(value)
     key = dict(zip(KEY, (task_name, name, lr, seed, horizon), strict=True))
@@ -125,11 +139,19 @@ class Log:
 
     Args:
         results: path of the results; the curves lie beside it, with "_curves" in the name.
+        checks: looks at the validation loss in a run.
     """
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, checks: int | None = None) -> None:
+        self.checks = checks
         self.results, self.curves = results, results.with_name(f"{results.stem}_curves.csv")
         self.rows = read_csv(results)
+
+    def take(self, row: Row | None) -> None:
+        """Add a run of another log, unless it is in this one."""
+        if row and tuple(row[k] for k in KEY) not in {tuple(r[k] for k in KEY) for r in self.rows}:
+            append_csv(self.results, RUN_COLUMNS, row)
+            self.rows.append(row)
 
     def get(self, task: str, name: str, contestant: Contestant, lr: float, seed: int, horizon: float = 1.0) -> Row:
         """Return the recorded row of a run, or run it now and record it."""
@@ -137,7 +159,7 @@ class Log:
         for row in self.rows:
             if tuple(row[k] for k in KEY) == key:
                 return row
-        row, curve = run(task, name, contestant, lr, seed, horizon)
+        row, curve = run(task, name, contestant, lr, seed, horizon, self.checks)
         append_csv(self.results, RUN_COLUMNS, row)
         append_csv(self.curves, CURVE_COLUMNS, curve)
         self.rows.append(row)

@@ -1,5 +1,7 @@
 """The tasks of the quality benchmark, by name. Nothing is downloaded: text, images and weights come with packages."""
 
+from typing import Any
+
 from tasks import digits, language, regression, sentences
 from tasks.base import Task
 
@@ -12,4 +14,24 @@ TASKS: dict[str, type[Task]] = {
     "regression": regression.Regression,
 }
 
-__all__ = ["TASKS", "Task"]
+
+def register(name: str) -> str:
+    """Register a varied task, "headers, r=64", "headers, 4x batch" or "headers, 1000 steps", and return its name."""
+    if name in TASKS:
+        return name
+    base, *changes = name.split(", ")
+    own: dict[str, Any] = {"name": name}
+    for change in changes:
+        if change.endswith("x batch"):
+            own["batch"] = TASKS[base].batch * int(change.removesuffix("x batch"))  # type: ignore[attr-defined]
+        elif change.endswith(" steps"):
+            own["steps"] = int(change.removesuffix(" steps"))
+        elif change.startswith("r="):
+            own["rank"] = int(change[2:])
+        else:
+            raise ValueError(f"task {name!r}: {change!r} is none of 'r=R', 'Nx batch', 'N steps'")
+    TASKS[name] = type(name, (TASKS[base],), own)
+    return name
+
+
+__all__ = ["TASKS", "Task", "register"]
