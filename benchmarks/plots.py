@@ -150,9 +150,9 @@ def ladders(runs: Runs) -> None:
     low, high = min(values), statistics.median(values) + 0.15
     for axis, name in zip(axes, names, strict=False):
         for task, colour in zip(ranks, plt.get_cmap("viridis_r")([0.15, 0.35, 0.55, 0.75, 0.95]), strict=False):
-            own = sorted(runs.searched(task, name), key=lambda r: r["lr"])
-            if not own:
+            if name not in runs.optimizers(task):
                 continue
+            own = sorted(runs.searched(task, name), key=lambda r: r["lr"])
             x, y = [r["lr"] for r in own], [r["valid"] for r in own]
             axis.plot(x, y, color=colour, marker="o", ms=3, label=task.removeprefix("headers, "))
             axis.plot(x[y.index(min(y))], min(y), marker="*", ms=11, color=colour)
