@@ -53,7 +53,7 @@ class Adapters(nn.Module):
         return [p for p in self.peft.parameters() if p.requires_grad]
 
     def observe(self, tokens: int = 8) -> None:
-        """Send ``tokens`` rows forward and a gradient back into every pair, as a training step does; then call `arrive`."""
+        """Send ``tokens`` rows forward and a gradient back into every pair, as a step does; `arrive` comes next."""
         losses = []
         for layer in self.lora:
             A, B = layer.lora_A["default"], layer.lora_B["default"]
