@@ -53,12 +53,13 @@ class Adapters(nn.Module):
         return [p for p in self.peft.parameters() if p.requires_grad]
 
     def observe(self, tokens: int = 8) -> None:
-        """Send ``tokens`` rows forward and a gradient back into every pair, as a step does; `arrive` comes next."""
+        """Send ``tokens`` rows forward and a gradient back into every pair, as a training step does, then `arrive`."""
         losses = []
         for layer in self.lora:
             A, B = layer.lora_A["default"], layer.lora_B["default"]
             losses.append(B(A(torch.randn(tokens, A.in_features, device=self.device))).square().mean())
         torch.stack(losses).sum().backward()
+        self.arrive()
 
 
 def _hollow(d_in: int, d_out: int) -> nn.Linear:

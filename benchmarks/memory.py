@@ -45,11 +45,9 @@ def measure(name: str, where: str, args: argparse.Namespace) -> dict[str, Any]:
     adapters = Adapters(MODELS.get(where) or square(args.pairs, args.d), args.rank, args.device)
     optimizer = contestants()[name](adapters)
     adapters.observe()  # as every training step does, so that it is not counted as the optimizer's
-    adapters.arrive()
     before = peak_bytes(args.device)
     for _ in range(2):
         adapters.observe()
-        adapters.arrive()
         optimizer.step()
     own = sum(p.numel() * p.element_size() for p in adapters.trainable())
     return {

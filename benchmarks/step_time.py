@@ -53,7 +53,8 @@ def work(make: Factory, shape: Shape, r: int, args: argparse.Namespace) -> tuple
     def before() -> None:
         if observes:
             adapters.observe(args.tokens)
-        adapters.arrive()
+        else:
+            adapters.arrive()
 
     return before, optimizer.step
 

@@ -142,9 +142,7 @@ def supports(S: Tensor, damping: float | Tensor = 1.0, k: Tensor | None = None, 
 
 def damps(damping: float | Tensor, device: torch.device) -> bool:
     """Return whether the kernels on this device take this damping."""
-    if isinstance(damping, Tensor):
-        return damping.device == device and damping.numel() == 1
-    return damping >= LEAST_DAMPING
+    return launch.reads(damping, device) and (isinstance(damping, Tensor) or damping >= LEAST_DAMPING)
 
 
 def _counts(k: Tensor, S: Tensor) -> bool:

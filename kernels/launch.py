@@ -237,6 +237,11 @@ def _target_of(device: int) -> str:
     return known[-1] if known else f"sm_{major}{minor}"
 
 
+def reads(number: float | Tensor, device: torch.device) -> bool:
+    """Return whether kernels on a device can read a number: given as it is, or as a tensor of one element there."""
+    return not isinstance(number, Tensor) or (number.device == device and number.numel() == 1)
+
+
 def plain(tensors: Iterable[Any], dtypes: Iterable[torch.dtype] = FLOATS) -> bool:
     """Return whether all tensors are dense, contiguous, of a known dtype, and on one device that runs kernels.
 

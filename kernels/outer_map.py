@@ -16,8 +16,6 @@ nothing is changed in place. Entries of a matrix are read by other threads than 
 before what reads it.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -172,7 +170,13 @@ def outer_map(
 
 
 def supports(
-    products: Tensor, mu: Tensor, trace: Tensor, d: Tensor, decay: Any, damping: float | Tensor, found_inf: Tensor
+    products: Tensor,
+    mu: Tensor,
+    trace: Tensor,
+    d: Tensor,
+    decay: float | Tensor,
+    damping: float | Tensor,
+    found_inf: Tensor,
 ) -> bool:
     """Return whether the kernel takes these arguments."""
     T, r, n = products.shape
@@ -180,9 +184,4 @@ def supports(
     fits = launch.config("outer_map", launch.padded(max(r, n - r), 16)) is not None
     fits = fits and mu.shape == (T, n - r) and 1 <= r <= launch.MAX_RANK and 1 <= n - r <= MAX_DIRECTIONS and T > 0
     fits = fits and launch.plain(given, (torch.float32,)) and damps(damping, products.device)
-    return bool(fits and found_inf.device == products.device and damps(_as_number(decay), products.device))
-
-
-def _as_number(decay: float | Tensor) -> float | Tensor:
-    """Return a tensor as it is, and 1 for a number: any is taken."""
-    return decay if isinstance(decay, Tensor) else 1.0
+    return bool(fits and found_inf.device == products.device and launch.reads(decay, products.device))

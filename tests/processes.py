@@ -222,3 +222,12 @@ def bytes_by_step(model, optimizer, world, patch):
             optimizer.step()
         counts.append(sum(sent.values()))
     return counts
+
+
+def assert_agree_to_the_bit(found, scenarios):
+    """Assert of every (scenario, size) among what processes found that the first ``size`` of them have one snapshot."""
+    runs = [key for key in found[0] if key[0] in scenarios]
+    assert runs
+    for key in runs:
+        for process in found[1 : key[1]]:
+            models.assert_same(found[0][key][0], process[key][0])

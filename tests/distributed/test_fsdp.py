@@ -121,7 +121,4 @@ def assert_agrees(run, expected, exact, placement="Shard"):
 
 
 def test_processes_agree_to_the_bit(found):
-    for key in found[0]:
-        if key[0] in SCENARIOS:
-            for process in found[1 : key[1]]:
-                models.assert_same(found[0][key][0], process[key][0])
+    processes.assert_agree_to_the_bit(found, SCENARIOS)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvopt.distributed import whole
 from curvopt.optim.base import PairedOptimizer, Side
 from curvopt.optim.bucket import BASIS
 
@@ -68,9 +69,7 @@ def outer_factors(optimizer: PairedOptimizer) -> dict[str, dict[str, OuterFactor
 
 
 def _outer(side: Side, state: dict[str, Any]) -> OuterFactor:
-    V = state[BASIS]
-    V = V.full_tensor() if hasattr(V, "full_tensor") else V  # a collective
-    V = side.matrix(V)
+    V = side.matrix(whole(state[BASIS]))  # a collective
     V = V if side.rank_dim == 1 else V.mT
     k, d = V.shape
     mu = state["outer_eigenvalues"].clone()

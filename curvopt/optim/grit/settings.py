@@ -23,6 +23,7 @@ LowRank = Literal["names", "shape"]
 SIDES = get_args(Sides)
 REPROJECTIONS = (*get_args(Reprojection), None)
 LOW_RANK = get_args(LowRank)
+FACTORLESS = tuple(rule.name for rule in RULES.values() if rule.key is None)  # update rules without a rank-side matrix
 MIN_RANK = 4
 
 # what the groups that hold a pair's A and B must agree on
@@ -120,9 +121,8 @@ def check_group(g: dict[str, Any]) -> None:
     ):  # fmt: skip
         check(name, g[name], is_whole(g[name]) and g[name] >= least, f"an integer ≥ {least}")
     if SOURCES[g["statistics"]].observe is None:  # nothing to make a matrix or a gauge of
-        able = [rule.name for rule in RULES.values() if rule.key is None]
-        need = f'with statistics="none" one of {", ".join(map(repr, able))}: the other rules act through a factor'
-        check("update", g["update"], g["update"] in able, need)
+        need = f'with statistics="none" one of {", ".join(map(repr, FACTORLESS))}: the other rules act through a factor'
+        check("update", g["update"], g["update"] in FACTORLESS, need)
         check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, '0 with statistics="none"')
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
@@ -130,9 +130,8 @@ def check_group(g: dict[str, Any]) -> None:
 
 def check_alone(g: dict[str, Any]) -> None:
     """Raise a ValueError if a group asks for what a matrix without its partner cannot have."""
-    able = [rule.name for rule in RULES.values() if rule.key is None]
     because = 'with low_rank="shape": tensors without names have no partner'
-    check("update", g["update"], g["update"] in able, f"one of {', '.join(map(repr, able))} {because}")
+    check("update", g["update"], g["update"] in FACTORLESS, f"one of {', '.join(map(repr, FACTORLESS))} {because}")
     check("rank_threshold", g["rank_threshold"], g["rank_threshold"] is None, f"None {because}")
     check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, f"0 {because}")
     check("statistics", g["statistics"], SOURCES[g["statistics"]].observe is None, f"'none' {because}")
