@@ -1,12 +1,13 @@
-"""Where the gain grows and where it ends: ladders of ranks, horizons and batch sizes on one task.
+"""Where the gain grows and where it ends: ladders of ranks, horizons, batch sizes and model sizes.
 
     python benchmarks/ladders.py                                  # all; resumes where results/ladders.csv ends
     python benchmarks/ladders.py --parts ranks --optimizers GritKFAC AdamW
+    python benchmarks/ladders.py --parts sizes --device cuda --tasks "headers, 25 M" "headers, 100 M"
 
-Every rung is a varied task, "headers, r=64", "headers, 1000 steps", "headers, 4x batch". Learning rates climb as in
-quality.py, and on the ladder of ranks every optimizer runs at five rates around its start besides, so that the loss at
-a rate that was chosen at another rank can be read off. Rows go to results/ladders.csv. Tables: report.py; plot:
-plots.py.
+Every rung is a varied task, "headers, r=64", "headers, 1000 steps", "headers, 4x batch" or "headers, 4 M", whose model
+is trained on docstrings first and kept. Learning rates climb as in quality.py, and on the ladder of ranks every
+optimizer runs at five rates around its start besides, so that the loss at a rate that was chosen at another rank can be
+read off. Rows go to results/ladders.csv. Tables: report.py; plot: plots.py.
 """
 
 import argparse
@@ -23,14 +24,16 @@ from training import SEARCH_SEED, Log
 RANKS = tuple(f"headers, r={r}" for r in (8, 16, 32, 64, 128))
 HORIZONS = tuple(f"headers, {n} steps" for n in (100, 300, 1000, 3000))
 BATCHES = ("headers", "headers, 4x batch", "headers, 16x batch")
-PARTS = {"ranks": RANKS, "horizons": HORIZONS, "batches": BATCHES}
+SIZES = ("headers", "headers, 0.8 M", "headers, 4 M")  # 25 M and 100 M are for a device
+PARTS = {"ranks": RANKS, "horizons": HORIZONS, "batches": BATCHES, "sizes": SIZES}
 # the optimizers of each ladder
 NAMES = {
     "ranks": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "Muon", "LoRA-Muon (0.8)"),
     "horizons": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "GritKFAC (0.9, 0.999)"),
     "batches": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC", "Muon"),
+    "sizes": ("AdamW", "AdamW (0.7, 0.99)", "GritKFAC"),
 }
-SHORTER = (0.7, 0.6)  # shares of the steps, of GritKFAC on the ladders of ranks and batches
+SHORTER = (0.7, 0.6)  # shares of the steps, of GritKFAC on all ladders but that of horizons
 
 
 def around(task: str, name: str) -> list[float]:
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--tasks", nargs="+", help="rungs; all by default")
     parser.add_argument("--optimizers", nargs="+", help="names in contestants.py; those of NAMES by default")
+    parser.add_argument("--device", default="cpu", help="of the part sizes: cpu or cuda")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "ladders.csv")
     args = parser.parse_args()
@@ -53,7 +57,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     log = Log(args.out, checks=2)
     for part in args.parts:
-        for task in (register(t) for t in args.tasks or PARTS[part]):
+        for task in (register(t, args.device) for t in args.tasks or PARTS[part]):
             for name in args.optimizers or NAMES[part]:
                 contestant = CONTESTANTS[name]
                 for lr in around(task, name) if part == "ranks" else ():

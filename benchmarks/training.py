@@ -113,7 +113,7 @@ def run(
     key = dict(zip(KEY, (task_name, name, lr, seed, horizon), strict=True))
     row = {**key, "steps": steps, "rank": task.rank, "seconds": seconds, **finished(task, model, optimizers, losses)}
     row["valid"] = curve["valid"][-1] if len(losses) == steps else math.inf
-    return {**rounded(row, 6), **stamp("cpu")}, {**key, **curve}
+    return {**rounded(row, 6), **stamp(task.device)}, {**key, **curve}
 
 
 def finished(task: Task, model: nn.Module, optimizers: Sequence[Any], losses: Sequence[float]) -> Row:

@@ -27,6 +27,7 @@ class Task(ABC):
         targets: PEFT's ``target_modules``.
         scaled: IA3's ``target_modules``; ``scaled_inputs``: those of them whose input it scales.
         saved: modules outside the adapters that train as well (``modules_to_save``).
+        device: where the model and its batches are.
         rates: the grid of learning rates, the same for every optimizer, ascending.
     """
 
@@ -39,6 +40,7 @@ class Task(ABC):
     scaled: tuple[str, ...] = ()
     scaled_inputs: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    device: str = "cpu"
     rates: tuple[float, ...] = tuple(1e-3 * 2.0**i for i in range(-4, 11))  # nobody's best is at an end
 
     def __init__(self) -> None:
@@ -123,7 +125,7 @@ def cached(name: str, key: Any, make: Callable[[], nn.Module], train: Callable[[
         part = path.with_suffix(".part")
         torch.save(model.state_dict(), part)
         part.rename(path)
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval()
 
 

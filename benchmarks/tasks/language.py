@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from curvopt.demo import task as demo
 from tasks.base import Batch, Task, cached, fit
 
+# Llamas of about so many parameters, for the ladder of model sizes; the steps of their training are those of "headers"
+SIZES = {
+    "0.8 M": demo.PretrainConfig(hidden=128, layers=4, heads=4, intermediate=344, length=64, seed=1),
+    "4 M": demo.PretrainConfig(hidden=256, layers=5, heads=4, intermediate=688, length=64, seed=1),
+    "25 M": demo.PretrainConfig(hidden=512, layers=8, heads=8, intermediate=1376, length=64, seed=1),
+    "100 M": demo.PretrainConfig(hidden=1024, layers=8, heads=16, intermediate=2752, length=64, seed=1),
+}
+
 
 class Language(Task):
     """Next-byte prediction; a batch is windows of one long text."""
@@ -27,7 +35,7 @@ class Language(Task):
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
         """Random windows of the text to train on."""
         for x in demo.batches(self.texts["train"], self.batch, self.length, steps, seed):
-            yield {"input_ids": x, "labels": x}
+            yield self._both(x)
 
     def split(self, name: str) -> list[Batch]:
         """Evenly spaced windows; the first half of the held-out text is "valid", the second "test"."""
@@ -37,7 +45,11 @@ class Language(Task):
         count = {"valid": 64, "test": 128, "retention": 128}[name]
         starts = torch.linspace(0, len(text) - self.length, count, dtype=torch.float64).long()
         windows = text[starts[:, None] + torch.arange(self.length)].long()
-        return [{"input_ids": x, "labels": x} for x in windows.split(32)]
+        return [self._both(x) for x in windows.split(32)]
+
+    def _both(self, x: Tensor) -> Batch:
+        x = x.to(self.device)
+        return {"input_ids": x, "labels": x}
 
     def correct(self, out: Any, batch: Batch) -> Tensor:
         """Next bytes that were the most probable."""
@@ -62,21 +74,22 @@ class DocsToHeaders(Language):
 
     name, title = "headers", "docstrings → C++ headers (Llama, 0.14 M)"
     steps, batch, length = 150, 6, 64
+    shape = demo.PretrainConfig(hidden=64, layers=2, heads=4, intermediate=172, length=64, seed=1)
+    peak = 4e-3  # of the learning rate before fine-tuning
 
     def pretrained(self) -> nn.Module:
-        """Train (once, then cached) a Llama with two blocks of hidden size 64 on the docstrings."""
+        """Train (once, then cached) a Llama on the docstrings."""
         docs, held_docs = _divided(docstrings())
         headers, held_headers = _divided(cpp_headers())
         self.texts = {"train": headers, "test": held_headers, "retention": held_docs}
-        shape = demo.PretrainConfig(hidden=64, layers=2, heads=4, intermediate=172, length=64, seed=1)
-        steps, lr = 1500, 4e-3
+        shape, steps, lr = self.shape, 1500, self.peak
 
         def train(model: nn.Module) -> None:
             windows = demo.batches(docs, 16, 64, steps, seed=0)
-            fit(model, ({"input_ids": x, "labels": x} for x in windows), steps, lr)
+            fit(model, map(self._both, windows), steps, lr)
 
         key = [hashlib.sha256(docs.numpy().tobytes()).hexdigest(), asdict(shape), steps, lr]
-        return cached("headers", key, lambda: demo.untrained_model(shape), train)
+        return cached("headers", key, lambda: demo.untrained_model(shape).to(self.device), train)
 
 
 class DocsToHeadersRank32(DocsToHeaders):
