@@ -1,6 +1,7 @@
 """What every benchmark shares: a stamp, interleaved timing, peak memory, CSV rows. Ratios, not bare times."""
 
 import csv
+import functools
 import platform
 import resource
 import statistics
@@ -38,7 +39,12 @@ Work = Callable[[], Any]
 
 
 def interleave(
-    works: Mapping[str, tuple[Work | None, Work]], rounds: int, steps: int, device: str = "cpu", warmup: int = 1
+    works: Mapping[str, tuple[Work | None, Work]],
+    rounds: int,
+    steps: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time blocks of steps in turn, A A A B B B A A A B B B ..., and return milliseconds a step, a number a block.
 
@@ -46,11 +52,12 @@ def interleave(
         works: by name, what to do before a step (not timed) and the step.
         rounds: counted blocks of each.
         steps: steps of a block; a whole cadence, so that rare work is in every block.
-        device: on "cuda" CUDA events are read after the block, on "cpu" the wall clock at each step.
+        device: on "cuda" CUDA events are read after the block, on "cpu" the clock at each step.
         warmup: blocks before counting.
+        clock: seconds, on "cpu".
     """
     times: dict[str, list[float]] = {name: [] for name in works}
-    block = _cuda_block if device == "cuda" else _cpu_block
+    block = _cuda_block if device == "cuda" else functools.partial(_cpu_block, clock)
     for i in range(warmup + rounds):
         for name, (before, step) in works.items():
             spent = block(before, step, steps)
@@ -59,14 +66,14 @@ def interleave(
     return times
 
 
-def _cpu_block(before: Work | None, step: Work, steps: int) -> float:
+def _cpu_block(clock: Callable[[], float], before: Work | None, step: Work, steps: int) -> float:
     spent = 0.0
     for _ in range(steps):
         if before is not None:
             before()
-        start = time.perf_counter()
+        start = clock()
         step()
-        spent += time.perf_counter() - start
+        spent += clock() - start
     return 1e3 * spent
 
 

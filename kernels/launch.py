@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -248,8 +249,11 @@ def plain(tensors: Iterable[Any], dtypes: Iterable[torch.dtype] = FLOATS) -> boo
     Wrapper subclasses (DTensor) have no single data pointer, so anything but Tensor and Parameter fails.
     """
     tensors = list(tensors)
-    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
+    if not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}:
         return False
-    device = tensors[0].device
-    allowed = tuple(dtypes)
-    return runs_on(device) and all(t.device == device and t.dtype in allowed and t.is_contiguous() for t in tensors)
+    return (
+        len(set(map(attrgetter("device"), tensors))) == 1
+        and runs_on(tensors[0].device)
+        and set(map(attrgetter("dtype"), tensors)) <= set(dtypes)
+        and all(map(Tensor.is_contiguous, tensors))
+    )

@@ -16,6 +16,7 @@ subclasses, and what the table does not ship. Addresses are uploaded at every ca
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 import triton
@@ -217,8 +218,9 @@ def supports_gram_many(
     scale: Tensor | None = None,
 ) -> bool:
     """Return whether `gram_many` takes these arguments."""
-    fits = all(z.dim() == 2 and 0 < z.shape[1] <= launch.MAX_RANK and 0 < z.numel() < 2**31 for z in zs)
-    alike = len({(z.shape[1], z.dtype) for z in zs}) == 1 if fits else False
+    shapes = set(map(attrgetter("shape"), zs))
+    fits = all(len(s) == 2 and 0 < s[1] <= launch.MAX_RANK and 0 < s.numel() < 2**31 for s in shapes)
+    alike = fits and len({s[1] for s in shapes}) == 1 and len(set(map(attrgetter("dtype"), zs))) == 1
     others = [*(weights or ()), *([] if scale is None else [scale])]
     return (
         alike
@@ -244,7 +246,8 @@ def supports_gram_add(
         and launch.plain([sums], (torch.float32,))
         and sums.device == zs[0].device
         and len(set(index)) == len(zs)
-        and all(0 <= m < sums.shape[0] for m in index)
+        and min(index) >= 0
+        and max(index) < sums.shape[0]
     )
 
 

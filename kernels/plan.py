@@ -20,6 +20,7 @@ and the plan must outlive the graph.
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -126,12 +127,12 @@ class UpdatePlan:
             return False
         addresses = list(map(Tensor.data_ptr, grads))
         if addresses != self._addresses:
-            same = all(g.shape == shape for g, shape in zip(grads, self._shapes, strict=True))
+            same = list(map(attrgetter("shape"), grads)) == self._shapes
             if not (same and grads[0].device == self._device and launch.plain(grads, (self._dtypes[1],))):
                 return False
             self._gradients = tables.upload(addresses, torch.int64, self._device)
             self._addresses = addresses
-            self._align = self._straight and all(a % 16 == 0 for a in addresses)
+            self._align = self._straight and not any(map((15).__and__, addresses))
         if tables.capturing(self._device) and not any(t is self._gradients for t in self._captured):
             self._captured.append(self._gradients)  # the graph reads it at every replay
         return True

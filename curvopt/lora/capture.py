@@ -30,7 +30,7 @@ from curvopt.distributed import is_sharded, world_size
 from curvopt.functional import compute_dtype
 from curvopt.lora.hooks import Arrival, Watch, continues, on_arrival
 from curvopt.lora.pair import LoraPair
-from curvopt.ops import Ops
+from curvopt.ops import Ops, on_device
 
 # two passes are one if Σ u agrees to this, relatively: above the rounding of a recomputation in bfloat16
 SAME = 1e-2
@@ -136,7 +136,7 @@ class Capture:
     Args:
         pairs: The pairs to watch.
         ops: Makes the products that waited; the reference if None.
-        waiting: Bytes of u and d that may wait; by default none on the CPU, 64 MiB elsewhere.
+        waiting: Bytes of u and d that may wait; by default 64 MiB where kernels run, none elsewhere.
         static: Keep sums and counts in the same memory, and let nothing wait: a CUDA graph that reads them finds them
             there when it is replayed. Counts are then tensors.
         at_once: Count every backward when it comes, also those of `torch.autograd.grad`.
@@ -319,27 +319,23 @@ class Capture:
             for p in self._waiting:
                 if p.generation != p.record.generation:
                     continue
-                store, i = self._places[p.record.pair]
-                target = (id(store), p.half, i)
+                target = (p.store, p.at)
                 if target in taken:
                     later.append(p)
                     continue
                 taken.add(target)
-                rounds.setdefault((id(store), p.sign, p.z.dtype, p.mask is None), []).append(p)
-            for (_, sign, *_rest), products in rounds.items():
-                self._add(products, sign)
+                rounds.setdefault((p.store, p.sign, p.z.dtype, p.mask is None), []).append(p)
+            for (store, sign, *_), products in rounds.items():
+                self._add(store, products, sign)
             self._waiting = later
         self._waiting_bytes = 0
 
-    def _add(self, products: list[_Product], sign: float) -> None:
-        store = self._places[products[0].record.pair][0]
-        P = len(store.index)
-        index = [p.half * P + store.index[p.record.pair] for p in products]
+    def _add(self, store: Store, products: list[_Product], sign: float) -> None:
         masks = [p.mask for p in products if p.mask is not None]
         self._ops(
             "gram_add_",
-            store.sums.view(2 * P, *store.sums.shape[2:]),
-            index,
+            store.sums.view(-1, *store.sums.shape[2:]),
+            [p.at for p in products],
             [p.z for p in products],
             masks or None,
             sign,
@@ -413,9 +409,11 @@ class Capture:
             store.n[i] += n
             record.calls += 1
             self.fired[record.pair] += 1
-        limit = self._limit if self._limit is not None else 0 if d.device.type == "cpu" else WAITING
+        limit = self._limit if self._limit is not None else WAITING if on_device(d) else 0
         if limit > 0:
-            self._waiting += [_Product(record, half, z, mask, sign, record.generation) for half, z, sign in products]
+            for half, z, sign in products:
+                at = half * len(store.index) + i
+                self._waiting.append(_Product(record, record.generation, store, at, z, mask, sign))
             self._waiting_bytes += sum(z.nbytes for _, z, _ in products)
             if self._waiting_bytes > limit:
                 self.flush()
@@ -449,16 +447,20 @@ class Capture:
         return store, index[pair]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Product:
-    """zᵀz of the rows of z (n, r) that a mask (n,) leaves, to be added to half 0 (u) or 1 (d) of a pair's sums."""
+    """± zᵀz of the rows of z (n, r) that a mask (n,) leaves, to be added to one of a store's 2P sums.
+
+    Void once the record is at another generation.
+    """
 
     record: _Record
-    half: int
+    generation: int
+    store: Store
+    at: int
     z: Tensor
     mask: Tensor | None
     sign: float
-    generation: int
 
 
 def _remove_all(handles: dict[LoraPair, list[Any]]) -> None:

@@ -21,6 +21,8 @@ from curvopt.optim.locator import ParameterLocator, describe_names, describe_sha
 
 T = TypeVar("T", bound="PairedOptimizer")
 log = logging.getLogger(__name__)
+# by value of ``sides``: which factor preconditions the side of each name
+PRECONDITIONED_BY = {"kfac": {"A": "d", "B": "u"}, "paper": {"A": "u", "B": "d"}}
 
 
 @dataclass(eq=False)
@@ -48,8 +50,7 @@ class Side:
 
     def moment(self) -> str:
         """Return which factor preconditions this side: "u" or "d"."""
-        own = {"A": "d", "B": "u"} if self.group["sides"] == "kfac" else {"A": "u", "B": "d"}
-        return own[self.name]
+        return PRECONDITIONED_BY[self.group["sides"]][self.name]
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return the 2-D view of a tensor laid out like the parameter."""

@@ -12,7 +12,8 @@ changed, and finding that out is all that a step spends on it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import is_, itemgetter
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 BASIS = "outer_basis"
 FULL = "full"
 PERIODIC = ("factor_every", "inverse_every", "reproject_every")
+_grad_of = attrgetter("grad")
 
 
 @dataclass(eq=False)
@@ -234,7 +236,7 @@ class Bucket:
 
     def read(self) -> None:
         """Read the gradients; they are there for all sides or for none."""
-        self.grads = [p.grad for p in self.params]
+        self.grads = list(map(_grad_of, self.params))
 
     @property
     def live(self) -> bool:
@@ -244,7 +246,7 @@ class Bucket:
     @property
     def mixed(self) -> bool:
         """Whether some sides have gradients and some have none."""
-        missing = sum(g is None for g in self.grads)
+        missing = sum(map(is_, self.grads, repeat(None)))
         return 0 < missing < len(self.grads)
 
     def begin(
@@ -283,7 +285,7 @@ class Bucket:
 
     def _moved(self) -> bool:
         """Whether a parameter lies elsewhere than at the last step."""
-        now = [p.data_ptr() for p in (self.params if self._plain else map(local, self.params))]
+        now = list(map(Tensor.data_ptr, self.params if self._plain else map(local, self.params)))
         if now == self._addresses:
             return False
         self._addresses = now
@@ -500,6 +502,7 @@ class BucketedOptimizer(PairedOptimizer):
 
     _buckets: list[Bucket]
     _values: list[Any]
+    _loose: list[Side]  # in no bucket
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -508,7 +511,7 @@ class BucketedOptimizer(PairedOptimizer):
 
     def _note_params(self) -> None:
         super()._note_params()
-        self._buckets, self._values = [], []
+        self._buckets, self._values, self._loose = [], [], list(self._sides)
 
     def _read(self) -> tuple[list[Bucket], dict[int, list[Tensor]]]:
         """Return the buckets with gradients, and by group the other parameters with gradients."""
@@ -532,9 +535,11 @@ class BucketedOptimizer(PairedOptimizer):
             bucket.read()
         same = len(self.state) == len(self._values) and all(map(is_, self.state.values(), self._values))
         kept = [b for b in self._buckets if not b.mixed and (b.intact if same else b.bound(self.state))]
-        bucketed = {id(s) for b in kept for s in b.sides}
-        self._loose = [s for s in self._sides if id(s) not in bucketed]
-        changed = len(kept) != len(self._buckets) or any(s.param.grad is not None for s in self._loose)
+        changed = len(kept) != len(self._buckets)
+        if changed:
+            bucketed = {id(s) for b in kept for s in b.sides}
+            self._loose = [s for s in self._sides if id(s) not in bucketed]
+        changed = changed or any(s.param.grad is not None for s in self._loose)
         if changed:
             self._buckets = kept + self._regrouped([s for s in self._loose if s.param.grad is not None])
             self._buckets += self._regrouped(

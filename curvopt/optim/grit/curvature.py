@@ -17,7 +17,7 @@ from curvopt.functional.update import RULES, Rule
 from curvopt.lora import Capture, LoraPair
 from curvopt.lora.capture import Store
 from curvopt.ops import Ops
-from curvopt.optim.base import Side
+from curvopt.optim.base import PRECONDITIONED_BY, Side
 from curvopt.optim.bucket import Bucket, sum_over_pieces
 from curvopt.optim.grit import outer
 
@@ -239,9 +239,11 @@ def from_activations(curvature: Curvature, buckets: Sequence[Bucket]) -> list[Ob
         if isinstance(store.n, Tensor):
             n = store.n[at.index % len(store.index)]
         else:
-            same = set(store.n) if all(map(isinstance, store.n, itertools.repeat(int))) else ()
-            ns = itertools.repeat(store.n[0], T) if len(same) == 1 else [store.n[i] for i in at.pairs]
-            n = _column(ns, bucket.device)
+            # tensors are left alone: to compare them is to read the device
+            if set(map(type, store.n)) == {int} and len(set(store.n)) == 1:
+                n = torch.full((T,), store.n[0], dtype=torch.float64, device=bucket.device)
+            else:
+                n = _column([store.n[i] for i in at.pairs], bucket.device)
         n = torch.where(n > 0, n, torch.nan)
         scale = torch.where(at.is_u, 1 / n, n / curvature.world**2)
         S = store.sums.view(-1, r, r)[at.index]
@@ -276,7 +278,7 @@ def _paired(buckets: Sequence[Bucket], grams: list[Tensor], which: dict[str, str
     sum_over_pieces(buckets, grams)
     found: dict[tuple[LoraPair, str], Tensor] = {}
     observed = []
-    own = all(s.moment() == which[s.name] for b in buckets for s in b.sides)
+    own = all(PRECONDITIONED_BY[b.group["sides"]] == which for b in buckets)
     for bucket, G in zip(buckets, grams, strict=True) if not own else ():
         found |= {(s.pair, which[s.name]): S for s, S in zip(bucket.sides, G.unbind(), strict=True)}
     for bucket, G in zip(buckets, grams, strict=True):
