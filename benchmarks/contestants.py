@@ -73,7 +73,7 @@ def gora(then: Callable[[Task, nn.Module, float, int], Optimizers]) -> Callable[
         return [
             GoRAInit(
                 model, rank=task.rank, min_rank=task.rank // 2, max_rank=4 * task.rank, calibration_steps=8,
-                init_lr="auto", then=lambda ready: then(task, ready, lr, steps)[0],
+                start="gora", allocation="exact", init_lr="auto", then=lambda ready: then(task, ready, lr, steps)[0],
             )
         ]  # fmt: skip
 

@@ -33,7 +33,7 @@ def calibrate(model: Any, make: Any, data: Any, args: argparse.Namespace) -> tup
     held = live_bytes()
     optimizer = GoRAInit(
         model, rank=args.rank, min_rank=args.min_rank, max_rank=args.max_rank, calibration_steps=args.calibration,
-        init_lr="auto", then=make,
+        start="gora", allocation="exact", init_lr="auto", then=make,
     )  # fmt: skip
     most, spent = 0, 0.0
     for x in data:

@@ -2,8 +2,8 @@
 
     python benchmarks/gora_starts.py                # resumes where results/gora_starts.csv ends
 
-The learning rate of a task is the one that quality.py chose for the optimizer without a start. 8 of the run's steps are
-the calibration. Runs that quality.py has made are taken from its CSV. Rows go to
+The learning rate of a task is the one that quality.py chose for the optimizer without a start. The calibration takes 8
+of the run's steps, 4 with GoRAInit's defaults. Runs that quality.py has made are taken from its CSV. Rows go to
 results/gora_starts.csv, curves beside it.
 """
 
@@ -24,22 +24,21 @@ from training import KEY, SEARCH_SEED, Log
 
 THEN = {"AdamW": adamw(), "GritKFAC": grit()}
 STARTS: dict[str, dict[str, Any]] = {
-    "whitened": {"start": "whitened", "allocation": "uniform"},
-    "whitened-random": {"start": "whitened-random", "allocation": "uniform"},
-    "whitened, spectrum": {"start": "whitened", "allocation": "spectrum"},
-    "GoRA uniform": {"start": "gora", "allocation": "uniform", "init_lr": "auto"},
+    "default": {},
+    "whitened": {"calibration_steps": 8},
+    "whitened-random": {"start": "whitened-random", "calibration_steps": 8},
+    "whitened, spectrum": {"allocation": "spectrum", "calibration_steps": 8},
+    "GoRA uniform": {"start": "gora", "calibration_steps": 8, "init_lr": "auto"},
 }
 
 
 def started(then: Callable[..., Optimizers], **settings: Any) -> Callable[..., Optimizers]:
-    """GoRAInit with settings, whose calibration takes the first 8 of the run's steps."""
+    """GoRAInit with settings, whose calibration takes the first of the run's steps."""
 
     def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
         from curvopt import GoRAInit
 
-        bounds = {"rank": task.rank, "min_rank": task.rank // 2, "max_rank": 4 * task.rank}
-        return [GoRAInit(model, **bounds, calibration_steps=8, **settings,
-                         then=lambda ready: then(task, ready, lr, steps)[0])]  # fmt: skip
+        return [GoRAInit(model, **settings, then=lambda ready: then(task, ready, lr, steps)[0])]
 
     return make
 

@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         rank=args.rank,
         min_rank=max(1, args.rank // 2),
         max_rank=2 * args.rank,
+        start="gora",
+        allocation="exact",
+        compare="role",  # attention with attention, the MLP with the MLP
         calibration_steps=args.calibration,
         then=lambda model: GritKFAC(model, lr=args.lr),
     )

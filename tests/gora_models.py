@@ -1,5 +1,7 @@
 """Models with fresh adapters for the tests of GoRAInit: a language model, a ViT, and one with convolutions."""
 
+import functools
+
 import models
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from curvopt import GoRAInit
 
 SMALL = {"rank": 4, "min_rank": 2, "max_rank": 8, "calibration_steps": 3}
+# GoRA's start and ranks
+published = functools.partial(GoRAInit, start="gora", allocation="exact")
 
 
 def adamw(model, lr=1e-2):

@@ -67,7 +67,7 @@ OPTIMIZERS = [
     ),
     Make(MatryoshkaScaledAdam, {"lr": 1e-2, "weight_decay": 0.1}),
     Make(GoRAInit, {"rank": 2, "min_rank": 1, "max_rank": 3, "calibration_steps": 2, "reset": True, "resize": False,
-                    "then": grit}, not_in=NOT_GORA, prepare=freeze_idle),
+                    "start": "gora", "allocation": "exact", "then": grit}, not_in=NOT_GORA, prepare=freeze_idle),
 ]  # fmt: skip
 
 

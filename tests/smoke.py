@@ -80,7 +80,7 @@ def with_peft():
 
     with tempfile.TemporaryDirectory() as folder:
         model, optimizer = trained(lambda m: GoRAInit(
-            m, rank=4, min_rank=2, calibration_steps=1,
+            m, rank=4, min_rank=2, calibration_steps=1, start="gora", allocation="exact",
             then=lambda m: GritKFAC(m, lr=5e-3, reproject_every=1, rank_threshold=0.9, min_rank=1),
         ))  # fmt: skip
         optimizer.delegate.compact()
@@ -109,7 +109,7 @@ def main() -> None:
     assert effective_rank(torch.ones(4)) > 3.9
     resize_adapter(model, dict.fromkeys([pair.name for pair in optimizer.pairs], 2))
     plain(lambda m: MatryoshkaScaledAdam(m, lr=1e-2))
-    plain(lambda m: GoRAInit(m, rank=4, min_rank=2, calibration_steps=2, then=lambda m: GritKFAC(m, lr=1e-2)))
+    plain(lambda m: GoRAInit(m, then=lambda m: GritKFAC(m, lr=1e-2)))
     if PeftModel is not None:
         with_peft()
     names = ("torch", "numpy", "peft", "transformers", "triton")

@@ -169,7 +169,10 @@ def start_by_gradients(
     from curvopt import GoRAInit
 
     bounds = {"rank": args.rank, "min_rank": (args.rank + 1) // 2, "max_rank": 2 * args.rank}
-    init = GoRAInit(model, **bounds, calibration_steps=CALIBRATION, init_lr="auto", then=then)
+    init = GoRAInit(
+        model, **bounds, calibration_steps=CALIBRATION, start="gora", allocation="exact", compare="role",
+        init_lr="auto", then=then,
+    )  # fmt: skip
     model.train()
     for x in work.batches(task.train, args.batch, args.length, CALIBRATION, seed + 1000):
         x = x.to(args.device)

@@ -149,7 +149,7 @@ def allocate(
     importances: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
     *,
-    rank: int,
+    rank: int | Mapping[str, int],
     min_rank: int,
     max_rank: int,
     allocation: str = "exact",
@@ -164,14 +164,14 @@ def allocate(
     rounding: the share is rounded to a whole number, divided by the cost without remainder, and clamped; what clamps
     and rounding leave over or overdraw stays so. ``"exact"`` keeps the shares proportional within the clamps and hands
     what rounding leaves to the largest remainders: what is unspent buys no further rank of any layer below its clamp.
-    ``"uniform"`` gives every layer ``rank``. ``"spectrum"`` (our derivation) looks at no importance: it buys the
+    ``"uniform"`` gives every layer its ``rank``. ``"spectrum"`` (our derivation) looks at no importance: it buys the
     directions with the largest σ² for their cost. Σ_l Σ_{i≤r_l} σ²_li is then the largest that the budget allows within
     the clamps where all layers cost the same, and falls short of it by less than one direction where they do not.
 
     Args:
         importances: I_l ≥ 0 by name. All zero: uniform.
         shapes: ``(d_in, d_out)`` by name.
-        rank: the uniform rank whose cost is the budget.
+        rank: the uniform rank whose cost is the budget, or ranks by name.
         min_rank: lower clamp.
         max_rank: upper clamp.
         allocation: ``"exact"``, ``"paper"``, ``"uniform"`` or ``"spectrum"``.
@@ -195,20 +195,21 @@ def allocate(
     cost = {name: BUDGET_WEIGHTS[budget_weight](sum(shapes[name])) for name in importances}
     top = {name: min(max_rank, (limits or {}).get(name, min(shapes[name]))) for name in importances}
     low = {name: min(min_rank, top[name]) for name in importances}
+    given = dict.fromkeys(importances, rank) if isinstance(rank, int) else {name: rank[name] for name in importances}
     ranks: dict[str, int] = {}
     for label in dict.fromkeys((groups or {}).get(name, "") for name in importances):
         names = [name for name in importances if (groups or {}).get(name, "") == label]
-        own, budget = {name: importances[name] for name in names}, rank * math.fsum(cost[name] for name in names)
+        own, budget = {name: importances[name] for name in names}, math.fsum(given[name] * cost[name] for name in names)
         if allocation == "uniform":
-            ranks |= {name: min(rank, (limits or {}).get(name, min(shapes[name]))) for name in names}
+            ranks |= {name: min(given[name], (limits or {}).get(name, min(shapes[name]))) for name in names}
         elif allocation == "paper":
-            ranks |= _official(own, cost, low, top, rank, budget)
+            ranks |= _official(own, cost, low, top, given, budget)
         else:
             least, most = (math.fsum(cost[name] * clamp[name] for name in names) for clamp in (low, top))
-            slack = 1e-9 * budget
+            slack, asked = 1e-9 * budget, rank if isinstance(rank, int) else f"{given} (those of the adapters)"
             if least > budget + slack or most < budget - slack:
                 raise ValueError(
-                    f"rank={rank} asks for a budget of {budget:g}, but min_rank={min_rank} and max_rank={max_rank} "
+                    f"rank={asked} asks for a budget of {budget:g}, but min_rank={min_rank} and max_rank={max_rank} "
                     f"(and the shapes of the layers{f' of {label!r}' if label else ''}) allow {least:g} to {most:g}"
                 )
             if spectra is not None and allocation == "spectrum":
@@ -218,7 +219,7 @@ def allocate(
     ranks = {name: ranks[name] for name in importances}
     spent = math.fsum(cost[name] * r for name, r in ranks.items())
     found = {name: [float(x) for x in spectra[name]] for name in importances} if spectra is not None else {}
-    return RankPlan(ranks, dict(importances), rank * math.fsum(cost.values()), spent, found)
+    return RankPlan(ranks, dict(importances), math.fsum(given[name] * cost[name] for name in cost), spent, found)
 
 
 def _official(
@@ -226,12 +227,14 @@ def _official(
     cost: Mapping[str, float],
     low: Mapping[str, int],
     top: Mapping[str, int],
-    rank: int,
+    given: Mapping[str, int],
     budget: float,
 ) -> dict[str, int]:
     """Return ranks by the official rounding."""
     total = math.fsum(importances.values())
-    share = {name: value / total if total > 0 else cost[name] * rank / budget for name, value in importances.items()}
+    share = {
+        name: value / total if total > 0 else cost[name] * given[name] / budget for name, value in importances.items()
+    }
     asked = {name: int(round(budget * share[name]) // cost[name]) for name in importances}
     return {name: min(max(asked[name], low[name]), top[name]) for name in importances}
 

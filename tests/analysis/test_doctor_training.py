@@ -8,11 +8,12 @@ import models
 import pytest
 import torch
 from doctor_kit import found, trained
+from gora_models import published
 from grit_kit import rank_side
 from torch import nn
 from torch.nn import functional as F
 
-from curvopt import GoRAInit, MatryoshkaScaledAdam
+from curvopt import MatryoshkaScaledAdam
 from curvopt.analysis import doctor
 
 # ------------------------------------------------------------------------------------------------- curvature
@@ -152,7 +153,7 @@ def test_clipping_is_fine_for_others(healthy):
 
 def test_gora_before_and_after_it_hands_over():
     model = models.llama()
-    optimizer = GoRAInit(
+    optimizer = published(
         model, calibration_steps=2, rank=4, min_rank=2, max_rank=8, then=lambda m: rank_side(m, lr=1e-3)
     )
     models.fit(model, optimizer, 1)
@@ -165,6 +166,6 @@ def test_gora_before_and_after_it_hands_over():
 
 def test_gora_without_anything_to_hand_over_to():
     model = models.llama()
-    optimizer = GoRAInit(model, calibration_steps=1, rank=4, min_rank=2, max_rank=8)
+    optimizer = published(model, calibration_steps=1, rank=4, min_rank=2, max_rank=8)
     models.fit(model, optimizer, 1)
     assert found(doctor(model, optimizer), "calibrated").severity == "error"

@@ -8,8 +8,9 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from gora_models import published
 
-from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
+from curvopt import GritKFAC, MatryoshkaScaledAdam
 from curvopt.distributed import all_reduce_grams, all_reduce_sums, local, world_size
 
 STEPS = range(10)
@@ -36,7 +37,7 @@ def nested(model, group=None):
 
 def calibrated(model, group=None):
     """Calibrate on four batches, at other ranks than were built, and go on with GritKFAC."""
-    return GoRAInit(
+    return published(
         model, rank=2, min_rank=1, max_rank=3, calibration_steps=4, resize=False, process_group=group,
         then=lambda m: grit(m, group),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from gora_models import published
 from torch.distributed._composable.replicate_with_fsdp import replicate  # there is no public way to it yet
 from torch.distributed.tensor import Shard
 
@@ -60,7 +61,7 @@ RUNS = [(name, size) for name in SCENARIOS for size in processes.SIZES if size =
 def calibrated(model, kwargs, group=None):
     """Calibrate, then train with GritKFAC."""
     then = partial(GritKFAC, lr=3e-3, reproject_every=2, eps=1e-6, process_group=group)
-    return GoRAInit(model, **{**SMALL, **kwargs}, process_group=group, then=then)
+    return published(model, **{**SMALL, **kwargs}, process_group=group, then=then)
 
 
 def fit(name, model, optimizer, rank=0, size=1):
@@ -107,9 +108,9 @@ def refused(world):
     processes.shard(model, world.mesh)
     before = processes.snapshot(model)
     with pytest.raises(ValueError, match=r"resize must be False where parameters are sharded.*calibrate first"):
-        GoRAInit(model, **{**SMALL, "resize": True})
+        published(model, **{**SMALL, "resize": True})
     late = zero64()
-    optimizer = GoRAInit(late, **{**SMALL, "resize": True})
+    optimizer = published(late, **{**SMALL, "resize": True})
     processes.shard(late, world.mesh)
     processes.loss(late, 0, world.rank, world.size).backward()
     with pytest.raises(ValueError, match="resize must be False where parameters are sharded"):
@@ -121,7 +122,7 @@ def refused(world):
 def planned(model, *share):
     """Return the ranks that a calibration would give to a model."""
     plan = GoRAInit.plan_only(
-        model, lambda i: processes.loss(model, i, *share), range(3), rank=3, min_rank=1, max_rank=5
+        model, lambda i: processes.loss(model, i, *share), range(3), allocation="exact", rank=3, min_rank=1, max_rank=5
     )
     return plan.ranks
 

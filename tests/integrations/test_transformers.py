@@ -9,10 +9,11 @@ import sys
 import models
 import pytest
 import torch
+from gora_models import published
 from loopkit_frameworks import arguments
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
+from curvopt import GritKFAC, MatryoshkaScaledAdam
 from curvopt.integrations.transformers import CurvatureCallback, OptimizerFactory, mask_padding
 from curvopt.optim.grit.diagnostics import steps_of
 
@@ -120,7 +121,7 @@ def test_records_are_kept(tmp_path):
 
 def test_the_numbers_of_what_gora_hands_over_to(tmp_path):
     model = models.llama(r=6)
-    optimizer = GoRAInit(model, rank=4, min_rank=2, max_rank=6, calibration_steps=2,
+    optimizer = published(model, rank=4, min_rank=2, max_rank=6, calibration_steps=2,
                          then=lambda m: GritKFAC(m, **MOVING))  # fmt: skip
     done = trainer(tmp_path, model, optimizers=(optimizer, None))
     CurvatureCallback(compact=True).install(done)

@@ -5,7 +5,7 @@ import math
 import models
 import pytest
 import torch
-from gora_models import SMALL, adamw, build, run
+from gora_models import SMALL, adamw, build, published, run
 from peft import PeftModel
 
 from curvopt import GoRAInit
@@ -18,7 +18,7 @@ from curvopt.lora.gradients import columns_of, rows_of
 @pytest.mark.parametrize("kind", ["llama", "vit", "conv"])
 def test_nothing_moves_until_the_last_step_and_the_base_never_does(kind):
     model, loss = build(kind)
-    optimizer = GoRAInit(model, **SMALL, then=adamw)
+    optimizer = published(model, **SMALL, then=adamw)
     before = models.snapshot(model)
     run(optimizer, loss, 2)
     models.assert_same(models.snapshot(model), before)
@@ -38,7 +38,7 @@ def test_nothing_moves_until_the_last_step_and_the_base_never_does(kind):
 @pytest.mark.parametrize("importance", ["mean_abs", "frobenius", "nuclear", "grad_b"])
 def test_the_loss_drops_at_the_start_and_rises_with_the_other_sign(kind, importance):
     model, loss = build(kind, r=8 if importance == "grad_b" else 4)
-    optimizer = GoRAInit(model, **SMALL, importance=importance)
+    optimizer = published(model, **SMALL, importance=importance)
     if kind == "conv" and importance == "grad_b":
         run(optimizer, loss, 1)  # the embedding's A is zero: it is drawn first
     before = sum(run(optimizer, loss, 3))
@@ -54,9 +54,9 @@ def test_the_loss_drops_at_the_start_and_rises_with_the_other_sign(kind, importa
 def test_it_writes_what_the_formulas_say(kind):
     """From gradients of base weights that autograd gave, and inverses by `pinv`."""
     model, loss = build(kind)
-    optimizer = GoRAInit(model, **SMALL, init_lr=0.3)
+    optimizer = published(model, **SMALL, init_lr=0.3)
     twin, twin_loss = build(kind)
-    pairs = {pair.name: pair for pair in GoRAInit(twin, **SMALL).pairs}
+    pairs = {pair.name: pair for pair in published(twin, **SMALL).pairs}
     bases = {name: pair.module.get_base_layer().weight.requires_grad_() for name, pair in pairs.items()}
     for i in range(3):
         (twin_loss(i) / 3).backward()
@@ -84,7 +84,7 @@ def test_B_from_its_own_gradient_is_B_from_that_of_the_base():
     snapshots = []
     for importance in ("grad_b", "frobenius"):
         model, loss = build("llama")
-        run(GoRAInit(model, rank=4, min_rank=4, max_rank=4, calibration_steps=3, importance=importance), loss, 3)
+        run(published(model, rank=4, min_rank=4, max_rank=4, calibration_steps=3, importance=importance), loss, 3)
         snapshots.append(models.snapshot(model))
     # float64; ∂L/∂B = s Ḡ Aᵀ in another order of summation
     models.assert_near(*snapshots, rtol=1e-8, atol=1e-12)
@@ -94,7 +94,7 @@ def test_B_from_its_own_gradient_is_B_from_that_of_the_base():
 @pytest.mark.parametrize("kind", ["llama", "vit", "conv"])
 def test_a_resized_adapter_is_saved_and_loaded_by_peft(kind, keep, tmp_path):
     model, loss = build(kind, use_rslora=True)
-    optimizer = GoRAInit(model, **SMALL, keep_scaling=keep, then=adamw)
+    optimizer = published(model, **SMALL, keep_scaling=keep, then=adamw)
     alpha = model.peft_config["default"].lora_alpha
     run(optimizer, loss, 5)
     ranks = set(optimizer.plan.ranks.values())
@@ -115,7 +115,7 @@ def test_micro_batches_in_one_step_are_one_batch():
     found = []
     for parts in (1, 2):
         model, _ = build("llama")
-        optimizer = GoRAInit(model, **SMALL)
+        optimizer = published(model, **SMALL)
         for i in range(3):
             optimizer.zero_grad()
             for ids in models.llama_ids(i, rows=4).chunk(parts):
@@ -130,7 +130,7 @@ def test_offloaded_sums_are_the_same():
     found = []
     for offload in (False, True):
         model, loss = build("vit")
-        run(GoRAInit(model, **SMALL, offload=offload), loss, 3)
+        run(published(model, **SMALL, offload=offload), loss, 3)
         found.append(models.snapshot(model))
     models.assert_same(*found)
 
@@ -142,7 +142,7 @@ def test_checkpointing_is_not_counted_twice():
         if use:
             model.train()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = GoRAInit(model, **SMALL)
+        optimizer = published(model, **SMALL)
         run(optimizer, loss, 3)
         found.append(optimizer.plan)
     assert found[0] == found[1]
@@ -153,7 +153,7 @@ def test_a_batch_that_is_not_finite_is_dropped_and_counted(importance):
     found = []
     for steps, bad in ((5, (1, 3)), (3, ())):
         model, loss = build("llama", r=8)
-        optimizer = GoRAInit(model, **{**SMALL, "calibration_steps": steps}, importance=importance)
+        optimizer = published(model, **{**SMALL, "calibration_steps": steps}, importance=importance)
         good = iter(range(3))
         for i in range(steps):
             optimizer.zero_grad()
@@ -167,7 +167,7 @@ def test_a_batch_that_is_not_finite_is_dropped_and_counted(importance):
 
 def test_it_goes_on_until_one_batch_was_finite(caplog):
     model, loss = build("vit")
-    optimizer = GoRAInit(model, **{**SMALL, "calibration_steps": 1})
+    optimizer = published(model, **{**SMALL, "calibration_steps": 1})
     for factor in (math.inf, math.nan, 1.0):
         assert not optimizer.ready
         optimizer.zero_grad()
@@ -179,20 +179,20 @@ def test_it_goes_on_until_one_batch_was_finite(caplog):
 
 def test_convergence_ends_the_calibration_early():
     model, loss = build("vit")
-    steady = GoRAInit(model, **{**SMALL, "calibration_steps": 50}, convergence=1e-9)
+    steady = published(model, **{**SMALL, "calibration_steps": 50}, convergence=1e-9)
     for _ in range(3):
         assert not steady.ready
         run(steady, lambda i: loss(0), 1)  # the same batch: the mean does not move
     assert steady.ready
     model, loss = build("vit")
-    moving = GoRAInit(model, **{**SMALL, "calibration_steps": 6}, convergence=1e-9)
+    moving = published(model, **{**SMALL, "calibration_steps": 6}, convergence=1e-9)
     run(moving, loss, 5)
     assert not moving.ready
 
 
 def test_the_best_init_lr_of_the_grid_is_kept():
     model, loss = build("llama")
-    optimizer = GoRAInit(model, **SMALL, init_lr="auto", then=adamw)
+    optimizer = published(model, **SMALL, init_lr="auto", then=adamw)
 
     def closure(i):
         def evaluate():
@@ -213,7 +213,7 @@ def test_the_best_init_lr_of_the_grid_is_kept():
     trials = []
     for init_lr in GoRAInit.GRID:
         twin, twin_loss = build("llama")
-        run(GoRAInit(twin, **SMALL, init_lr=init_lr), twin_loss, 3)
+        run(published(twin, **SMALL, init_lr=init_lr), twin_loss, 3)
         with torch.no_grad():
             trials.append(twin_loss(2).item())
     # the closures summed the same numbers in the same order

@@ -5,14 +5,13 @@ import math
 import models
 import pytest
 import torch
+from gora_models import published
 from torch.nn.parallel import DistributedDataParallel
-
-from curvopt import GoRAInit
 
 FIT = {"rank": 3, "min_rank": 1, "max_rank": 4, "calibration_steps": 2}
 
 REFUSED = [
-    ("rank", [0, 2.5, True, None], "an integer ≥ 1"),
+    ("rank", [0, 2.5, True], "an integer ≥ 1, or None"),
     ("rank", [5], "between min_rank (1) and max_rank (4)"),
     ("min_rank", [0, -1, "4"], "an integer ≥ 1"),
     ("min_rank", [5], "at most max_rank (4)"),
@@ -35,7 +34,7 @@ def test_a_refused_argument_is_named_with_its_value(name, values, allowed):
     model = models.mlp(start="zero")
     for value in values:
         with pytest.raises(ValueError) as error:
-            GoRAInit(model, **{**FIT, name: value})
+            published(model, **{**FIT, name: value})
         message = str(error.value)
         assert message.startswith(name) and repr(value) in message and allowed in message
         assert models.hooks(model) == 0
@@ -45,21 +44,21 @@ def test_groups_share_one_budget():
     model = models.mlp(start="zero")
     params = [p for p in model.parameters() if p.requires_grad]
     with pytest.raises(ValueError, match=r"rank must be the same in all groups, got \(3, 2\)"):
-        GoRAInit([{"params": params[:3]}, {"params": params[3:], "rank": 2}], model=model, **FIT)
+        published([{"params": params[:3]}, {"params": params[3:], "rank": 2}], model=model, **FIT)
     assert models.hooks(model) == 0
 
 
 def test_a_budget_that_the_clamps_cannot_meet():
     model = models.mlp(start="zero")  # its layers are 8 × 8 and 8 × 6
     with pytest.raises(ValueError, match="rank=8 asks for a budget of"):
-        GoRAInit(model, rank=8, min_rank=4, max_rank=32)
+        published(model, rank=8, min_rank=4, max_rank=32)
     assert models.hooks(model) == 0
-    GoRAInit(model, rank=8, min_rank=4, max_rank=32, allocation="paper")  # published: clamped, whatever it costs
+    published(model, rank=8, min_rank=4, max_rank=32, allocation="paper")  # published: clamped, whatever it costs
 
 
 def test_a_layer_without_a_gradient_is_named_and_can_be_left_out():
     model = models.mlp(start="zero")
-    optimizer = GoRAInit(model, **FIT)
+    optimizer = published(model, **FIT)
     models.fit(model, optimizer, 1)
     with pytest.raises(ValueError, match=r"1 layers never received a finite gradient \(idle\)"):
         models.fit(model, optimizer, 1, 1)
@@ -76,14 +75,14 @@ def test_B_must_be_zero_or_is_reset(importance):
     kwargs = {**FIT, "max_rank": 3, "importance": importance}
     model = models.llama(torch.float64, start="random")
     with pytest.raises(ValueError, match=r"B must be zero when the calibration begins, but it is not in 14 pairs"):
-        models.fit(model, GoRAInit(model, **kwargs), 1)
+        models.fit(model, published(model, **kwargs), 1)
     model.zero_grad()
-    optimizer = GoRAInit(model, **kwargs, reset=True)
+    optimizer = published(model, **kwargs, reset=True)
     models.fit(model, optimizer, 1, 9)  # seen by the old adapter: not counted
     assert not any(pair.B.any() for pair in optimizer.pairs) and optimizer.diagnostics()["steps"] == 0
     models.fit(model, optimizer, 2)
     fresh = models.llama(torch.float64)
-    again = GoRAInit(fresh, **kwargs)
+    again = published(fresh, **kwargs)
     models.fit(fresh, again, 2)
     assert again.plan == optimizer.plan
     models.assert_same(models.snapshot(model), models.snapshot(fresh))
@@ -92,38 +91,38 @@ def test_B_must_be_zero_or_is_reset(importance):
 @pytest.mark.parametrize("kwargs", [{"importance": "grad_b"}, {"resize": False}])
 def test_a_rank_above_the_built_one_that_could_not_be_grown(kwargs):
     model = models.llama(r=4)
-    optimizer = GoRAInit(model, rank=4, min_rank=2, max_rank=8, calibration_steps=2, **kwargs)
+    optimizer = published(model, rank=4, min_rank=2, max_rank=8, calibration_steps=2, **kwargs)
     with pytest.raises(ValueError, match=r"max_rank must be at most the rank built .*q_proj: 4\), got 8"):
         models.fit(model, optimizer, 1)
 
 
 def test_names_without_a_model():
     model = models.mlp(start="zero")
-    with pytest.raises(ValueError, match="importance must be 'grad_b' where parameters come without their model"):
-        GoRAInit(model.named_parameters(), **FIT)
+    with pytest.raises(ValueError, match="importance must be 'grad_b' with start='gora' where parameters"):
+        published(model.named_parameters(), **FIT)
     with pytest.raises(ValueError, match="then needs the model"):
-        GoRAInit(model.named_parameters(), **FIT, importance="grad_b", then=torch.optim.AdamW)
+        published(model.named_parameters(), **FIT, importance="grad_b", then=torch.optim.AdamW)
     model.idle.requires_grad_(False)
-    optimizer = GoRAInit(model.named_parameters(), **{**FIT, "max_rank": 3}, importance="grad_b")
+    optimizer = published(model.named_parameters(), **{**FIT, "max_rank": 3}, importance="grad_b")
     models.fit(model, optimizer, 2)
     assert optimizer.ready and optimizer.plan.spent <= optimizer.plan.budget
 
 
 def test_no_pair():
     with pytest.raises(ValueError, match="no LoRA pair found"):
-        GoRAInit(torch.nn.Linear(3, 3))
+        published(torch.nn.Linear(3, 3))
 
 
 def test_no_base_weight_is_noticed_before_the_calibration():
     model = models.mlp(start="zero")
     model.first.base.weight = torch.nn.Parameter(torch.zeros(3, 3), requires_grad=False)
     with pytest.raises(ValueError, match=r"importance must be 'frobenius', .* where no base weight is found \(first\)"):
-        GoRAInit(model, **FIT)
+        published(model, **FIT)
 
 
 def test_then_must_return_an_optimizer():
     model = models.llama()
-    optimizer = GoRAInit(model, **FIT, then=lambda m: None)
+    optimizer = published(model, **FIT, then=lambda m: None)
     with pytest.raises(TypeError, match="then must return a torch Optimizer, got NoneType"):
         models.fit(model, optimizer, 2)
 
@@ -133,8 +132,8 @@ def test_a_wrapper_that_holds_on_to_shapes(tmp_path):
     try:
         model = DistributedDataParallel(models.llama(r=4))
         with pytest.raises(ValueError, match="resize must be False around DistributedDataParallel"):
-            GoRAInit(model, **FIT)
-        optimizer = GoRAInit(model, **FIT, resize=False, then=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+            published(model, **FIT)
+        optimizer = published(model, **FIT, resize=False, then=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
         for i in range(4):
             optimizer.zero_grad()
             ids = models.llama_ids(i)

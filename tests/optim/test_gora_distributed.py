@@ -4,9 +4,7 @@ import models
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gora_models import SETTINGS, SMALL, build, train, worker
-
-from curvopt import GoRAInit
+from gora_models import SETTINGS, SMALL, build, published, train, worker
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def test_processes_agree_to_the_bit(results, name):
 def test_two_processes_are_one_with_all_rows(results):
     model, _ = build("llama")
     torch.manual_seed(0)
-    optimizer = GoRAInit(model, **SMALL)
+    optimizer = published(model, **SMALL)
     train(optimizer, model, slice(None))
     plan, weights = results["mean_abs", 0]
     assert plan.ranks == optimizer.plan.ranks

@@ -6,21 +6,21 @@ import math
 import models
 import pytest
 import torch
-from gora_models import SMALL, adamw, build, run
+from gora_models import SMALL, adamw, build, published, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from curvopt import GoRAInit, GritKFAC
+from curvopt import GritKFAC
 from curvopt.lora.gradients import base_weight, columns_of, rows_of
 
 
 @pytest.mark.parametrize("then", [adamw, lambda m: GritKFAC(m, lr=1e-2, inverse_every=2)])
 def test_the_delegate_runs_as_if_it_had_been_built_by_hand(then):
     one, one_loss = build("llama")
-    optimizer = GoRAInit(one, **SMALL, then=then)
+    optimizer = published(one, **SMALL, then=then)
     run(optimizer, one_loss, 3)
     two, two_loss = build("llama")
-    run(GoRAInit(two, **SMALL), two_loss, 3)
+    run(published(two, **SMALL), two_loss, 3)
     by_hand = then(two)
     assert run(optimizer, one_loss, 6, 3) == run(by_hand, two_loss, 6, 3)
     models.assert_same(models.snapshot(one), models.snapshot(two))
@@ -31,7 +31,7 @@ def test_the_delegate_runs_as_if_it_had_been_built_by_hand(then):
 
 def test_without_then_further_steps_are_errors():
     model, loss = build("vit")
-    optimizer = GoRAInit(model, **SMALL)
+    optimizer = published(model, **SMALL)
     run(optimizer, loss, 3)
     with pytest.raises(RuntimeError, match="the calibration is over: build an optimizer"):
         run(optimizer, loss, 1)
@@ -45,7 +45,7 @@ def test_a_schedule_on_this_optimizer_governs_the_delegate(lr):
     found = []
     for scheduled in (True, False):
         model, loss = build("llama")
-        optimizer = GoRAInit(model, **SMALL, lr=lr, then=adamw)
+        optimizer = published(model, **SMALL, lr=lr, then=adamw)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor) if scheduled else None
         for i in range(9):
             if optimizer.ready and not scheduled:
@@ -65,7 +65,7 @@ def test_each_group_has_its_own_factor():
     A = [p for name, p in model.named_parameters() if "lora_A" in name]
     B = [p for name, p in model.named_parameters() if "lora_B" in name]
     groups = [{"params": A, "lr": 0.5}, {"params": B, "lr": 2.0}]
-    optimizer = GoRAInit(groups, model=model, **SMALL, then=lambda m: torch.optim.SGD([*B, *A], lr=0.1))
+    optimizer = published(groups, model=model, **SMALL, then=lambda m: torch.optim.SGD([*B, *A], lr=0.1))
     run(optimizer, loss, 3)
     optimizer.param_groups[1]["lr"] = 0.0  # SGD has one group; its first parameter is of ours the second
     before = models.snapshot(model)
@@ -75,7 +75,7 @@ def test_each_group_has_its_own_factor():
 
 def test_unused_directions_stay_zero_when_shapes_stay():
     model, loss = build("llama", r=8)
-    optimizer = GoRAInit(model, **SMALL, resize=False, then=adamw)
+    optimizer = published(model, **SMALL, resize=False, then=adamw)
     identities = {id(p) for p in model.parameters()}
     run(optimizer, loss, 8)
     assert identities == {id(p) for p in model.parameters()}
@@ -84,7 +84,7 @@ def test_unused_directions_stay_zero_when_shapes_stay():
         assert pair.rank == 8 and rows_of(pair)[:r].any() and columns_of(pair)[:, :r].any()
         assert not rows_of(pair)[r:].any() and not columns_of(pair)[:, r:].any()
     cut, cut_loss = build("llama", r=8)
-    sliced = GoRAInit(cut, **SMALL, then=adamw)
+    sliced = published(cut, **SMALL, then=adamw)
     run(sliced, cut_loss, 8)
     with torch.no_grad():
         # float64: the same arithmetic with zeros in between, AdamW's decay of A and B included
@@ -97,7 +97,7 @@ def test_a_grad_scaler_changes_nothing(unscale):
     found = []
     for scaled in (True, False):
         model, loss = build("llama")
-        optimizer = GoRAInit(model, **SMALL, then=adamw)
+        optimizer = published(model, **SMALL, then=adamw)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled, growth_interval=1000)
         for i in ["bad", 0, 1, 2, 3, 4] if scaled else range(5):
             optimizer.zero_grad()
@@ -126,7 +126,7 @@ def test_in_a_trainer(resume, tmp_path):
             tmp_path, max_steps=steps, per_device_train_batch_size=2, save_steps=2 if resume else 5, report_to=[],
             use_cpu=True, learning_rate=1.0, disable_tqdm=True, logging_steps=1, save_total_limit=5,
         )  # fmt: skip
-        optimizer = GoRAInit(model, **{**SMALL, "max_rank": 4, "min_rank": 1, "rank": 3}, then=adamw)
+        optimizer = published(model, **{**SMALL, "max_rank": 4, "min_rank": 1, "rank": 3}, then=adamw)
         return transformers.Trainer(model, args, train_dataset=rows, optimizers=(optimizer, None)), optimizer
 
     work, optimizer = trainer(model, 7)
@@ -144,7 +144,7 @@ def test_in_a_trainer(resume, tmp_path):
 def test_groups_added_later_go_to_the_delegate():
     model, loss = build("vit")
     head = [p for name, p in model.named_parameters() if "classifier" in name]
-    optimizer = GoRAInit(model, **SMALL, then=adamw)
+    optimizer = published(model, **SMALL, then=adamw)
     run(optimizer, loss, 3)
     for p in head:
         p.requires_grad_()
@@ -158,7 +158,7 @@ def test_groups_added_later_go_to_the_delegate():
 def test_progress_is_logged(caplog):
     caplog.set_level(logging.INFO, "curvopt")
     model, loss = build("vit")
-    run(GoRAInit(model, **SMALL), loss, 3)
+    run(published(model, **SMALL), loss, 3)
     assert [r.message for r in caplog.records][:2] == ["calibration step 1 of 3", "calibration step 2 of 3"]
     assert "of a budget of" in caplog.records[-1].message
 
@@ -181,7 +181,7 @@ def test_a_4_bit_base(tmp_path):
     """The plan and the start are those of an ordinary base with the dequantized weights; the 4-bit data stays."""
     model, twin = quantized(), quantized()
     for path in ("first", "second"):
-        pair = next(p for p in GoRAInit(model, **SMALL).pairs if p.path.endswith(path))
+        pair = next(p for p in published(model, **SMALL).pairs if p.path.endswith(path))
         assert pair.module.get_base_layer().weight.dtype == torch.uint8
         plain = nn.Linear(*reversed(base_weight(pair).shape), bias=False).requires_grad_(False)
         plain.weight.copy_(base_weight(pair))
@@ -191,7 +191,7 @@ def test_a_4_bit_base(tmp_path):
     for m in (model, twin):
         g = torch.Generator().manual_seed(1)
         x, y = torch.randn(32, 64, generator=g), torch.randn(32, 128, generator=g)
-        optimizer = GoRAInit(m, **SMALL, then=adamw)
+        optimizer = published(m, **SMALL, then=adamw)
         losses = run(optimizer, lambda i, m=m, x=x, y=y: (m(x) - y).square().mean(), 6)
         plans.append(optimizer.plan)
         assert losses[3] < losses[0] and losses[5] < losses[3]

@@ -6,10 +6,10 @@ import pickle
 import models
 import pytest
 import torch
-from gora_models import SMALL, adamw, build, run
+from gora_models import SMALL, adamw, build, published, run
 from peft import PeftModel
 
-from curvopt import GoRAInit, GritKFAC
+from curvopt import GritKFAC
 
 LONG = {**SMALL, "calibration_steps": 4}
 
@@ -28,7 +28,7 @@ def test_resume_in_the_middle_of_the_calibration(importance, dtype, offload):
     def start():
         model, _ = build("vit")
         model.to(dtype)
-        return model, lambda i: loss_in(model, dtype, i), GoRAInit(model, **kwargs, then=adamw)
+        return model, lambda i: loss_in(model, dtype, i), published(model, **kwargs, then=adamw)
 
     model, loss, optimizer = start()
     run(optimizer, loss, 2)
@@ -57,7 +57,7 @@ def loss_in(model, dtype, i):
 @pytest.mark.parametrize("then", [adamw, lambda m: GritKFAC(m, lr=1e-2, inverse_every=2)])
 def test_resume_after_the_hand_over(order, then, tmp_path):
     model, loss = build("llama")
-    optimizer = GoRAInit(model, **SMALL, then=then)
+    optimizer = published(model, **SMALL, then=then)
     run(optimizer, loss, 6)
     saved = models.round_trip(optimizer.state_dict())
     weights = copy.deepcopy(model.state_dict())
@@ -67,7 +67,7 @@ def test_resume_after_the_hand_over(order, then, tmp_path):
     fresh, _ = build("llama")
     if order == "peft's folder":
         fresh = PeftModel.from_pretrained(fresh.unload(), tmp_path, is_trainable=True)
-    again = GoRAInit(fresh, **SMALL, then=then)  # B is not zero here: no objection before a step
+    again = published(fresh, **SMALL, then=then)  # B is not zero here: no objection before a step
     again.load_state_dict(saved)
     if order == "optimizer first":
         fresh.load_state_dict(weights)
@@ -81,7 +81,7 @@ def test_resume_after_the_hand_over(order, then, tmp_path):
 
 def test_what_does_not_fit_is_refused():
     model, loss = build("vit")
-    optimizer = GoRAInit(model, **SMALL)
+    optimizer = published(model, **SMALL)
     middle = copy.deepcopy(optimizer.state_dict())
     run(optimizer, loss, 3)
     over = optimizer.state_dict()
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused():
         optimizer.load_state_dict(middle)
     other, _ = build("conv")
     with pytest.raises(ValueError, match="is not a pair here"):
-        GoRAInit(other, **SMALL).load_state_dict(over)
+        published(other, **SMALL).load_state_dict(over)
     changed = copy.deepcopy(over)
     changed["gora"]["plan"]["spent"] = 1.0
     with pytest.raises(ValueError, match="its plan is not the one in force"):
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_go_on_by_themselves(steps, way):
     model, _ = build("llama")
-    optimizer = GoRAInit(model, **LONG, then=plain_adamw)
+    optimizer = published(model, **LONG, then=plain_adamw)
     run(optimizer, lambda i: models.llama_loss(model, i), steps)
     both = (model, optimizer)
     twin, copied = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
@@ -118,9 +118,9 @@ def test_copies_go_on_by_themselves(steps, way):
 
 def test_a_checkpoint_of_other_ranks_says_what_to_do():
     model, loss = build("llama")
-    run(GoRAInit(model, **SMALL), loss, 3)
+    run(published(model, **SMALL), loss, 3)
     fresh, _ = build("llama")
-    optimizer = GoRAInit(fresh, **SMALL)
+    optimizer = published(fresh, **SMALL)
     with pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(base, checkpoint, is_trainable=True\)"):
         fresh.load_state_dict(model.state_dict())
     fresh.load_state_dict(build("llama")[0].state_dict())  # equal ranks load

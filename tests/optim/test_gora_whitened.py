@@ -1,11 +1,12 @@
 """GoRAInit's whitened starts, allocations, the published recipe and the dry run."""
 
 import copy
+import warnings
 
 import models
 import pytest
 import torch
-from gora_models import SMALL, adamw, build, run
+from gora_models import SMALL, adamw, build, published, run
 
 from curvopt import GoRAInit
 from curvopt.functional.whitening import DAMPING, scaled_like
@@ -45,7 +46,7 @@ def test_the_start_is_the_dense_formula(path):
     twin, twin_loss = build("llama")
     R_x, M = dense(twin, twin_loss, path, 3)
     model, loss = build("llama")
-    optimizer = GoRAInit(model, rank=4, min_rank=2, max_rank=32, calibration_steps=3, start="whitened",
+    optimizer = published(model, rank=4, min_rank=2, max_rank=32, calibration_steps=3, start="whitened",
                          allocation="spectrum")  # fmt: skip
     pair = next(p for p in optimizer.pairs if p.path.endswith(path))
     before = pair.A.detach().clone()
@@ -69,7 +70,7 @@ def test_the_start_is_the_dense_formula(path):
 @pytest.mark.parametrize("start", ["whitened", "whitened-random"])
 def test_B_stays_zero_and_sums_stay_small(kind, start):
     model, loss = build(kind)
-    optimizer = GoRAInit(model, **SMALL, start=start, allocation="uniform", then=adamw)
+    optimizer = GoRAInit(model, rank=4, calibration_steps=3, start=start, then=adamw)
     with torch.no_grad():
         before = loss(0).item()
     run(optimizer, loss, 2)
@@ -88,12 +89,12 @@ def test_B_stays_zero_and_sums_stay_small(kind, start):
 def test_resume_in_the_middle(steps):
     kwargs = {**SMALL, "calibration_steps": 4, "max_rank": 4, "rank": 3, "start": "whitened", "allocation": "spectrum"}
     model, loss = build("vit")
-    optimizer = GoRAInit(model, **kwargs, then=adamw)
+    optimizer = published(model, **kwargs, then=adamw)
     run(optimizer, loss, steps)
     saved = models.round_trip(optimizer.state_dict())
     run(optimizer, loss, 6 - steps, steps)
     fresh, fresh_loss = build("vit")
-    again = GoRAInit(fresh, **kwargs, then=adamw)
+    again = published(fresh, **kwargs, then=adamw)
     again.load_state_dict(saved)
     run(again, fresh_loss, 6 - steps, steps)
     assert again.plan == optimizer.plan
@@ -102,7 +103,7 @@ def test_resume_in_the_middle(steps):
 
 def test_layers_of_one_role_share_a_budget():
     model, loss = build("llama")
-    optimizer = GoRAInit(model, **SMALL, compare="role")
+    optimizer = published(model, **SMALL, compare="role")
     run(optimizer, loss, 3)
     for word in ("self_attn", "mlp"):
         own = [p for p in optimizer.pairs if word in p.path]
@@ -128,13 +129,14 @@ def test_a_dry_run_leaves_everything_as_it_is(allocation):
     loss(5).backward()
     before, state = models.snapshot(model), torch.random.get_rng_state()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    kwargs = {"rank": 4, "min_rank": 2, "max_rank": 8, "allocation": allocation}
+    clamps = {} if allocation == "uniform" else {"min_rank": 2, "max_rank": 8}
+    kwargs = {"rank": 4, **clamps, "allocation": allocation}
     plan = GoRAInit.plan_only(model, loss, range(3), **kwargs)
     models.assert_same(models.snapshot(model), before)
     assert torch.equal(torch.random.get_rng_state(), state) and models.hooks(model) == 0
     assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters() if n in grads)
     twin, twin_loss = build("llama")
-    optimizer = GoRAInit(twin, **kwargs, calibration_steps=3)
+    optimizer = published(twin, **kwargs, calibration_steps=3)
     run(optimizer, twin_loss, 3)
     assert plan.ranks == optimizer.plan.ranks
     uniform = dict.fromkeys(plan.ranks, 4)
@@ -148,8 +150,51 @@ def test_what_does_not_go_together_is_refused():
     model, _ = build("llama")
     for kwargs in ({"start": "whitened"}, {"start": "gora", "allocation": "spectrum"}):
         with pytest.raises(ValueError, match="importance must be 'mean_abs', 'frobenius' or 'nuclear' with"):
-            GoRAInit(model, **SMALL, importance="grad_b", **kwargs)
+            published(model, **SMALL, importance="grad_b", **kwargs)
     with pytest.raises(ValueError, match="calibration_steps must be at least 2"):
-        GoRAInit(model, **{**SMALL, "calibration_steps": 1}, start="whitened")
+        published(model, **{**SMALL, "calibration_steps": 1}, start="whitened")
     with pytest.raises(ValueError, match="batches must be at least 2"):
-        GoRAInit.plan_only(model, build("llama")[1], [], **{k: v for k, v in SMALL.items() if "steps" not in k})
+        GoRAInit.plan_only(model, build("llama")[1], [])
+    for name in ("min_rank", "max_rank"):
+        with pytest.raises(ValueError, match=f"{name} must be None with allocation='uniform'"):
+            GoRAInit(model, **{name: 4})
+
+
+def test_by_default_the_ranks_stay_and_A_alone_moves():
+    """Adapters of several ranks keep them; A keeps its norm and B stays zero."""
+    model, loss = build("llama", rank_pattern={"q_proj": 2})
+    pairs = find_lora_pairs(model)
+    ranks, norms = {p.name: p.rank for p in pairs}, [p.A.norm().item() for p in pairs]
+    before = [p.A.detach().clone() for p in pairs]
+    assert set(ranks.values()) == {2, 4}
+    optimizer = GoRAInit(model, then=adamw)
+    run(optimizer, loss, 4)
+    assert optimizer.ready and optimizer.plan.ranks == ranks == {p.name: p.rank for p in pairs}
+    assert optimizer.plan.spent == optimizer.plan.budget == sum(p.A.numel() + p.B.numel() for p in pairs)
+    assert not any(p.B.any() for p in pairs) and not any(
+        torch.equal(p.A, a) for p, a in zip(pairs, before, strict=True)
+    )
+    assert [p.A.norm().item() for p in pairs] == pytest.approx(norms, rel=1e-9)
+
+
+def test_the_budget_of_adapters_of_several_ranks_is_theirs():
+    model, loss = build("llama", rank_pattern={"q_proj": 2})
+    parameters = sum(p.A.numel() + p.B.numel() for p in find_lora_pairs(model))
+    optimizer = published(model, calibration_steps=2, compare="role")
+    run(optimizer, loss, 2)
+    assert optimizer.plan.budget == parameters and set(optimizer.plan.ranks.values()) != {2, 4}
+    after = sum(p.A.numel() + p.B.numel() for p in optimizer.pairs)
+    largest = max(sum(p.A.shape[1:]) + p.B.shape[0] for p in optimizer.pairs)
+    assert parameters - 2 * largest < after <= parameters  # a remainder in each of the two roles
+    assert min(optimizer.plan.ranks.values()) >= 1 and max(optimizer.plan.ranks.values()) <= 16
+
+
+def test_ranks_across_roles_are_warned_of_before_it_starts():
+    model, attention = build("llama")[0], build("llama", target_modules=["q_proj", "v_proj"])[0]
+    with pytest.warns(UserWarning, match=r"importances of layers of 2 roles \('mlp', 'self_attn'\)"):
+        GoRAInit(model, allocation="exact").remove_hooks()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GoRAInit(model, allocation="exact", compare="role").remove_hooks()
+        GoRAInit(model, start="gora").remove_hooks()
+        GoRAInit(attention, allocation="exact").remove_hooks()

@@ -12,8 +12,9 @@ import loopkit
 import models
 import pytest
 import torch
+from gora_models import published
 
-from curvopt import GoRAInit, GritKFAC
+from curvopt import GritKFAC
 from curvopt.lora import resize_adapter
 
 optimizers = pytest.mark.parametrize("make", loopkit.OPTIMIZERS, ids=lambda make: make.__name__)
@@ -65,7 +66,7 @@ def test_killed_in_a_calibration_that_changes_ranks(dtype):
 
     def make(model):
         loopkit.freeze_idle(model)
-        return GoRAInit(
+        return published(
             model, rank=3, min_rank=1, max_rank=6, calibration_steps=3, reset=True,
             then=lambda m: GritKFAC(m, **MOVING), generator=torch.Generator().manual_seed(5),
         )  # fmt: skip

@@ -7,10 +7,11 @@ import models
 import oracles
 import pytest
 import torch
+from gora_models import published
 from grit_kit import rank_side
 from peft import PeftModel
 
-from curvopt import GoRAInit, MatryoshkaScaledAdam, find_lora_pairs
+from curvopt import MatryoshkaScaledAdam, find_lora_pairs
 from curvopt.functional.nested import diagonal
 from curvopt.lora import export_adapter
 
@@ -283,7 +284,7 @@ def test_a_nested_export_of_gritkfac(gora, tmp_path):
         def then(model):
             return rank_side(model, lr=1e-2, reproject_every=10)
 
-        optimizer = GoRAInit(model, rank=8, min_rank=4, max_rank=12, calibration_steps=calibration, then=then)
+        optimizer = published(model, rank=8, min_rank=4, max_rank=12, calibration_steps=calibration, then=then)
     else:
         optimizer = rank_side(model, lr=1e-2, reproject_every=10)
     models.fit(model, optimizer, calibration + 10)

@@ -5,12 +5,10 @@ import copy
 import models
 import pytest
 import torch
-from gora_models import SMALL, adamw, run
+from gora_models import SMALL, adamw, published, run
 from gora_models import build as calibrated
 from optimizer_info_kit import adapted, build, infos, inputs, linear, minimize
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR, StepLR
-
-from curvopt import GoRAInit
 
 SCHEDULES = {
     "exponential and step": lambda o: [ExponentialLR(o, 0.9), StepLR(o, 3, 0.5)],
@@ -175,10 +173,10 @@ def test_files_without_settings_that_came_later_load(info):
 def test_gora_s_schedules_reach_the_delegate(which):
     """The default lr of 1 makes a schedule a factor: after the hand-over it is AdamW under the same schedule."""
     model, loss = calibrated("llama")
-    optimizer = GoRAInit(model, **SMALL, then=adamw)
+    optimizer = published(model, **SMALL, then=adamw)
     run(optimizer, loss, 3)
     twin, twin_loss = calibrated("llama")
-    other = GoRAInit(twin, **SMALL, then=adamw)
+    other = published(twin, **SMALL, then=adamw)
     run(other, twin_loss, 3)
     for schedulers, o, f in (
         (SCHEDULES[which](optimizer), optimizer, loss),
@@ -196,11 +194,11 @@ def test_gora_s_schedules_reach_the_delegate(which):
 def test_gora_s_state_dict_round_trip(after):
     """In the calibration, at the hand-over, and after it."""
     model, loss = calibrated("llama")
-    optimizer = GoRAInit(model, **SMALL, then=adamw)
+    optimizer = published(model, **SMALL, then=adamw)
     run(optimizer, loss, after)
     saved, weights = models.round_trip(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     fresh, fresh_loss = calibrated("llama")
-    other = GoRAInit(fresh, **SMALL, then=adamw)
+    other = published(fresh, **SMALL, then=adamw)
     other.load_state_dict(saved)
     fresh.load_state_dict(weights)
     for o, f in ((optimizer, loss), (other, fresh_loss)):
@@ -213,7 +211,7 @@ def test_gora_s_state_dict_round_trip(after):
 def test_gora_s_zero_gradients_write_nothing():
     """Without any gradient of the base weights no layer can be given a rank: the calibration goes on."""
     model, loss = calibrated("llama")
-    optimizer = GoRAInit(model, **SMALL, then=adamw)
+    optimizer = published(model, **SMALL, then=adamw)
     before = models.snapshot(model)
     for _ in range(4):
         for p in model.parameters():

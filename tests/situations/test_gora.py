@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from gora_models import published
 from situations_kit import X, Y, build, loss, weights
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
-
-from curvopt import GoRAInit
 
 SET = {"rank": 3, "min_rank": 1, "max_rank": 6, "calibration_steps": 2}
 DROPS = {
@@ -30,7 +29,7 @@ def result(spoil, kind="gora", steps=None, after=None):
     """Plan and weights after a calibration; ``spoil(model, optimizer)`` comes before each batch."""
     torch.manual_seed(3)
     model = build(0)
-    optimizer = GoRAInit(model, **{**SET, **KINDS[kind]})
+    optimizer = published(model, **{**SET, **KINDS[kind]})
     torch.manual_seed(4)
     for i in range(steps or optimizer.param_groups[0]["calibration_steps"]):
         optimizer.zero_grad()
@@ -69,14 +68,14 @@ def test_a_batch_that_was_kept_leaves_one(kind):
 
 def test_gradients_dropped_right_before_the_step_are_not_counted():
     model = build(0)
-    optimizer = GoRAInit(model, **SET)
+    optimizer = published(model, **SET)
     (1e4 * loss(model)).backward()
     model.zero_grad()
     optimizer.step()
     loss(model).backward()
     optimizer.step()
     twin = build(0)
-    once = GoRAInit(twin, **{**SET, "calibration_steps": 1})
+    once = published(twin, **{**SET, "calibration_steps": 1})
     loss(twin).backward()
     once.step()
     assert optimizer.plan == once.plan
@@ -116,7 +115,7 @@ def test_several_backward_passes_over_one_graph_are_that_of_their_sum(way):
     found = []
     for each in ("sum", way):
         model = build(0)
-        optimizer = GoRAInit(model, **SET)
+        optimizer = published(model, **SET)
         for _ in range(2):
             optimizer.zero_grad()
             sum_of_two(model, each)
@@ -140,11 +139,11 @@ def force_loss(model):
 
 def test_a_gradient_that_is_differentiated_again_is_refused_by_hooks_and_right_from_B():
     model = build(0)
-    optimizer = GoRAInit(model, **SET)
+    optimizer = published(model, **SET)
     force_loss(model).backward()
     with pytest.raises(ValueError, match="importance must be 'grad_b' where a backward runs with create_graph=True"):
         optimizer.step()
-    optimizer = GoRAInit(model, **{**SET, **KINDS["grad_b"], "calibration_steps": 1})
+    optimizer = published(model, **{**SET, **KINDS["grad_b"], "calibration_steps": 1})
     model.zero_grad()
     before = force_loss(model)
     before.backward()
@@ -160,7 +159,7 @@ def test_clipping_acts_on_the_mean_gradient_as_on_that_of_B():
     found = []
     for importance in ("frobenius", "grad_b"):
         model = build(0)
-        optimizer = GoRAInit(model, **fixed, importance=importance)
+        optimizer = published(model, **fixed, importance=importance)
         for i in range(2):
             optimizer.zero_grad()
             loss(model, X.roll(i, 0)).backward()
@@ -175,7 +174,7 @@ def test_steps_are_counted_beyond_256_under_a_bf16_default():
     try:
         for importance in ("frobenius", "grad_b"):
             model = build(0)
-            optimizer = GoRAInit(model, **{**SET, "max_rank": 4, "calibration_steps": 400}, importance=importance)
+            optimizer = published(model, **{**SET, "max_rank": 4, "calibration_steps": 400}, importance=importance)
             for _ in range(300):
                 optimizer.zero_grad()
                 loss(model).backward()
@@ -192,7 +191,7 @@ def test_schedulers_that_cycle_momentum_reach_the_delegate(cls, sgd):
     model = build(0)
     params = [p for p in model.parameters() if p.requires_grad]
     made = (lambda m: torch.optim.SGD(params, lr=0.1, momentum=0.5)) if sgd else adamw
-    optimizer = GoRAInit(model, **SET, then=made)
+    optimizer = published(model, **SET, then=made)
     schedule = OneCycleLR(optimizer, 1.0, 12) if cls is OneCycleLR else CyclicLR(optimizer, 0.1, 1.0, 3)
     seen = set()
     for _ in range(10):
@@ -210,7 +209,7 @@ def test_schedulers_that_cycle_momentum_reach_the_delegate(cls, sgd):
 
 def test_what_is_edited_in_a_group_reaches_the_delegate_and_what_is_not_does_not():
     model = build(0)
-    optimizer = GoRAInit(model, **SET, then=adamw)
+    optimizer = published(model, **SET, then=adamw)
     for _ in range(3):
         optimizer.zero_grad()
         loss(model).backward()
@@ -228,13 +227,13 @@ def test_what_is_edited_in_a_group_reaches_the_delegate_and_what_is_not_does_not
 
 def test_no_adapters_is_said_without_advice_that_does_not_apply():
     with pytest.raises(ValueError, match="no LoRA pair found") as error:
-        GoRAInit(nn.Linear(4, 4))
+        published(nn.Linear(4, 4))
     assert "require_pairs" not in str(error.value)
 
 
 def test_groups_hold_nothing_internal_and_old_states_load():
     model = build(0)
-    optimizer = GoRAInit(model, **{**SET, "calibration_steps": 3})
+    optimizer = published(model, **{**SET, "calibration_steps": 3})
     assert not {"clock", "staged"} & optimizer.param_groups[0].keys()
     loss(model).backward()
     optimizer.step()
@@ -242,6 +241,6 @@ def test_groups_hold_nothing_internal_and_old_states_load():
     old = {**saved, "gora": {"plan": None, "delegate": None},
            "param_groups": [{**g, "clock": 1, "staged": False} for g in saved["param_groups"]]}  # fmt: skip
     for state in (saved, old):
-        again = GoRAInit(build(0), **{**SET, "calibration_steps": 3})
+        again = published(build(0), **{**SET, "calibration_steps": 3})
         again.load_state_dict(state)
         assert again.diagnostics()["steps"] == 1 and "clock" not in again.param_groups[0]

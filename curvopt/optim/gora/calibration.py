@@ -49,9 +49,13 @@ def plan_for(
 ) -> RankPlan:
     """Return the ranks that a param group's settings give pairs of these importances and spectra."""
     shapes = {pair.name: layer_shape(pair) for pair in pairs}
-    names = {key: g[key] for key in ("rank", "min_rank", "max_rank", "allocation", "budget_weight")}
-    groups = {pair.name: role(pair) for pair in pairs} if g["compare"] == "role" else None
-    return allocate(dict(zip(shapes, importances, strict=True)), shapes, **names, spectra=spectra, groups=groups)
+    rank = {pair.name: uniform_rank(g, pair) for pair in pairs} if g["rank"] is None else g["rank"]
+    least, most = bounds(g, pairs)
+    return allocate(
+        dict(zip(shapes, importances, strict=True)), shapes, rank=rank, min_rank=least, max_rank=most,
+        allocation=g["allocation"], budget_weight=g["budget_weight"], spectra=spectra,
+        groups={pair.name: role(pair) for pair in pairs} if g["compare"] == "role" else None,
+    )  # fmt: skip
 
 
 def role(pair: LoraPair) -> str:
@@ -60,9 +64,23 @@ def role(pair: LoraPair) -> str:
     return words[-1] if words else ""
 
 
-def largest_rank(g: Mapping[str, Any]) -> int:
+def uniform_rank(g: Mapping[str, Any], pair: LoraPair) -> int:
+    """Return the rank that uniform adapters would have: the one asked for, or that which the pair was built with."""
+    return int(pair.rank if g["rank"] is None else g["rank"])
+
+
+def bounds(g: Mapping[str, Any], pairs: Sequence[LoraPair]) -> tuple[int, int]:
+    """Return the least and the largest rank of a layer: as given, or half and four times the uniform ranks."""
+    ranks = [uniform_rank(g, pair) for pair in pairs] or [1]
+    least, most = g["min_rank"], g["max_rank"]
+    return max(1, min(ranks) // 2) if least is None else least, 4 * max(ranks) if most is None else most
+
+
+def largest_rank(g: Mapping[str, Any], pairs: Sequence[LoraPair]) -> int:
     """Return the largest rank that a plan under these settings may give."""
-    return int(g["rank"] if g["allocation"] == "uniform" else g["max_rank"])
+    if g["allocation"] == "uniform":
+        return max((uniform_rank(g, pair) for pair in pairs), default=1)
+    return bounds(g, pairs)[1]
 
 
 class Calibration:
@@ -85,7 +103,7 @@ class Calibration:
         sketch = spectra or g["start"] == "whitened" or g["allocation"] == "spectrum"
         self.products = Products(
             gradient=ranked or g["start"] == "gora", sketch=sketch,
-            factors=g["start"] == "whitened-random" and not sketch, largest=largest_rank(g),
+            factors=g["start"] == "whitened-random" and not sketch, largest=largest_rank(g, pairs),
         )  # fmt: skip
         hooks = self.importance != "grad_b" or not self.products.gradient or spectra
         self.capture = BaseGradients(pairs, g["offload"], self.products, group) if hooks else None

@@ -1,5 +1,6 @@
 """What GoRAInit's arguments may be, group by group, and which adapters it can take."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from curvopt.lora import LoraPair
 from curvopt.lora.gradients import base_layer, layer_shape
 from curvopt.lora.resize import check_resize
 from curvopt.optim.checking import check, is_number, is_whole
-from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, largest_rank, plan_for
+from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, largest_rank, plan_for, role
 
 # one budget for all groups, so they must agree on everything but the learning rate
 SHARED = ("rank", "min_rank", "max_rank", "calibration_steps", "init_lr", "importance", "allocation", "budget_weight",
@@ -32,12 +33,16 @@ def check_group(g: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, allowed in choices.items():
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
-    for name in ("rank", "min_rank", "max_rank", "calibration_steps"):
-        check(name, g[name], is_whole(g[name]) and g[name] >= 1, "an integer ≥ 1")
-    check("min_rank", g["min_rank"], g["min_rank"] <= g["max_rank"], f"at most max_rank ({g['max_rank']})")
-    within = g["min_rank"] <= g["rank"] <= g["max_rank"]
-    check("rank", g["rank"], within, f"between min_rank ({g['min_rank']}) and max_rank ({g['max_rank']})")
-    ranked = g["allocation"] in ("exact", "paper")
+    steps = g["calibration_steps"]
+    check("calibration_steps", steps, is_whole(steps) and steps >= 1, "an integer ≥ 1")
+    for name in ("rank", "min_rank", "max_rank"):
+        check(name, g[name], g[name] is None or (is_whole(g[name]) and g[name] >= 1), "an integer ≥ 1, or None")
+        free = g[name] is None or name == "rank" or g["allocation"] != "uniform"
+        check(name, g[name], free, "None with allocation='uniform', which gives every layer its rank")
+    rank, least, most, ranked = g["rank"], g["min_rank"], g["max_rank"], g["allocation"] in ("exact", "paper")
+    check("min_rank", least, None in (least, most) or least <= most, f"at most max_rank ({most})")
+    within = rank is None or (least or rank) <= rank <= (most or rank)
+    check("rank", rank, within, f"between min_rank ({least}) and max_rank ({most})")
     mixed = g["importance"] == "grad_b" and (g["start"] != "gora" or g["allocation"] == "spectrum") and ranked
     mixed = mixed or (g["importance"] == "grad_b" and g["allocation"] == "spectrum")
     unmixed = "'mean_abs', 'frobenius' or 'nuclear' with a whitened start or allocation='spectrum'"
@@ -78,7 +83,7 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
     check("resize", g["resize"], not (g["resize"] and sharded), allowed)
     for pair in pairs:
         named = pair.module is not None or (g["importance"] == "grad_b" and g["start"] == "gora")
-        allowed = f"'grad_b' where parameters come without their model ({pair.name})"
+        allowed = f"'grad_b' with start='gora' where parameters come without their model ({pair.name})"
         check("importance", g["importance"], named, allowed)
         weighed = g["importance"] == "mean_abs" and g["allocation"] in ("exact", "paper")
         seen = not weighed or base_layer(pair) is not None
@@ -90,13 +95,28 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
         plan_for(pairs, [1.0] * len(pairs), g, {pair.name: [] for pair in pairs})
 
 
+def warn_of_roles(g: dict[str, Any], pairs: Sequence[LoraPair]) -> None:
+    """Warn of a budget that is shared out by importances of layers that do not compare."""
+    roles = sorted({role(pair) for pair in pairs})
+    if g["allocation"] in ("exact", "paper") and g["compare"] == "all" and len(roles) > 1:
+        warnings.warn(
+            f"allocation={g['allocation']!r} compares importances of layers of {len(roles)} roles "
+            f"({', '.join(map(repr, roles[:3]))}{', ...' if len(roles) > 3 else ''}): on all text tasks of the "
+            "project's benchmarks such ranks raised the final loss. Use allocation='uniform', or compare='role', or "
+            "adapt one role alone, as published",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def check_start(g: dict[str, Any], pairs: Sequence[LoraPair]) -> list[LoraPair]:
     """Return the pairs whose B A is not zero; reads the device. ValueError if they must be zero, or are too small."""
     for pair in pairs:
         kept = g["importance"] == "grad_b" or not g["resize"]
-        most = min(largest_rank(g), *layer_shape(pair))
+        most = min(largest_rank(g, [pair]), *layer_shape(pair))
         allowed = f"at most the rank built if importance is 'grad_b' or resize is False ({pair.name}: {pair.rank})"
-        check("max_rank", g["max_rank"], not kept or most <= pair.rank, allowed)
+        name = "rank" if g["allocation"] == "uniform" else "max_rank"
+        check(name, most, not kept or most <= pair.rank, allowed)
         check(f"scaling of {pair.name}", pair.scaling, pair.scaling != 0, "a number other than 0")
     A = used_directions([pair.A for pair in pairs], [pair.dim_A for pair in pairs])
     B = used_directions([pair.B for pair in pairs], [pair.dim_B for pair in pairs])
