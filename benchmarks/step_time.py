@@ -17,7 +17,8 @@ Rows of results/step_time.csv that the run measures anew are replaced.
 
 import argparse
 import gc
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ def work(make: Factory, shape: Shape, r: int, args: argparse.Namespace) -> tuple
     return before, optimizer.step
 
 
+def clock(args: argparse.Namespace) -> Callable[[], float]:
+    """Return what tells the time: of this process alone where one thread does all."""
+    return time.process_time if args.threads == 1 else time.perf_counter
+
+
 def timed(who: dict[str, Factory], shape: Shape, r: int, args: argparse.Namespace) -> Iterator[Row]:
     """Time each optimizer in turn beside the baseline, two sets of adapters in memory at a time."""
     for name, make in who.items():
@@ -68,7 +74,7 @@ def timed(who: dict[str, Factory], shape: Shape, r: int, args: argparse.Namespac
         works = {name: work(make, shape, r, args)}
         if name != BASELINE:
             works[BASELINE] = work(adamw(fused=True), shape, r, args)
-        times = interleave(works, args.rounds, CADENCE, args.device)
+        times = interleave(works, args.rounds, CADENCE, args.device, clock=clock(args))
         del works
         gc.collect()
         yield {"optimizer": name, **summary(times[name]), **ratios(times, name, BASELINE), "rounds": args.rounds}
@@ -128,7 +134,7 @@ def capture(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[Row]:
             model(input_ids=x, labels=x).loss.backward()
 
         works[name] = optimizer.zero_grad, run
-    times = interleave(works, 2 * args.rounds, 2, args.device)
+    times = interleave(works, 2 * args.rounds, 2, args.device, clock=clock(args))
     for name in works:
         yield {
             "part": "capture", "pairs": 28, "r": 8, "d": 128, "optimizer": name, **summary(times[name]),
@@ -149,7 +155,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=7, help="counted blocks of ten steps")
     parser.add_argument("--tokens", type=int, default=8, help="rows that the hooks see before a step (not timed)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="with one, other processes do not count")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, into results/quick")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
