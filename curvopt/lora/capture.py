@@ -365,7 +365,7 @@ class Capture:
 
         See ``curvopt.lora.hooks``.
         """
-        if of_A or not record.pair.a_trainable:
+        if of_A or not self._trains_A(record):
             if not continues(grad, record.version, self._many):
                 self._drop(record)
             record.version = grad._version
@@ -373,6 +373,11 @@ class Capture:
                 record.late = not record.waiting
             if of_A or not record.late:
                 self._count(record)
+
+    def _trains_A(self, record: _Record) -> bool:
+        """Whether the A that hooks were put on requires a gradient; to ask the pair is to look it up in the model."""
+        A = self._hooked[record.pair][1]()
+        return A is not None and bool(A.requires_grad)
 
     def _count(self, record: _Record) -> None:
         for call in record.waiting:
