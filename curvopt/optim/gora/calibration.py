@@ -112,6 +112,7 @@ class Calibration:
         self.skipped = torch.zeros((), dtype=torch.float32)
         self.last: dict[LoraPair, Tensor] = {}  # importances at the step before, for convergence
         self.known: dict[LoraPair, Tensor] = {}  # steps that went into R_x and R_g, and not into the sketch
+        self._spectra: dict[LoraPair, tuple[Tensor, Tensor]] = {}  # of the present sums
         if self.capture is not None:
             self.capture.attach()
 
@@ -133,6 +134,7 @@ class Calibration:
         Raises:
             ValueError: a backward with ``create_graph=True`` went through a layer.
         """
+        self._spectra.clear()
         if self.capture is None:
             self._record_b()
             return
@@ -194,7 +196,7 @@ class Calibration:
 
     def forget(self) -> None:
         """Forget all that was summed."""
-        for held in (self.sums, self.seen, self.last, self.known):
+        for held in (self.sums, self.seen, self.last, self.known, self._spectra):
             held.clear()
         self.products.forget()
         if self.capture is not None:
@@ -309,7 +311,12 @@ class Calibration:
         return total / self.seen[pair].to(total.device).clamp(min=1)
 
     def spectrum(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
-        """Return σ and V of R_g Ḡ R_x with Ḡ the mean over the steps behind the sketch."""
+        """Return σ and V of R_g Ḡ R_x with Ḡ the mean over the steps behind the sketch; found once for all sums."""
+        if pair not in self._spectra:
+            self._spectra[pair] = self._spectrum(pair)
+        return self._spectra[pair]
+
+    def _spectrum(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
         steps = (self.seen[pair].to(pair.B.device) - self.known[pair].to(pair.B.device)).clamp(min=1)
         own = self.sums[pair]
         return self.products.spectrum(pair, {k: own[k].to(pair.B.device) / steps for k in ("right", "left")})

@@ -45,10 +45,11 @@ class GoRAInit(PairedOptimizer):
         "gora":      A ← its first r_l rows;  B ← −(ξ/s) Ḡ Aᵀ (A Aᵀ)⁻¹,  ξ = lr₀ √(d_in/r_l)    (...gradient_init)
         afterwards every call goes to then(model)
 
-    What to expect: GoRA's ranks and start lowered the first loss of the text tasks of the benchmarks and raised the
-    last; they gained on images. The defaults are therefore ours: the whitened start at the ranks the adapters have,
-    which gained at rank 32 with AdamW, and neither gained nor lost for certain elsewhere and before `GritKFAC`
-    (docs/gora.md). The published method is `paper`.
+    What to expect (docs/gora.md): on the text tasks of the benchmarks GoRA's ranks and start lowered the first loss and
+    raised the last; on images they gained. The defaults are therefore ours: the whitened start at the ranks that the
+    adapters have. Before AdamW it gained on images and at rank 32 on text, elsewhere nothing for certain. **Before
+    `GritKFAC` no start has paid**: the calibration takes steps away, and preconditioning does what the start does. The
+    published method is `paper`.
 
     Args:
         params: the model, or param groups with ``model``; only ``importance="grad_b"`` with ``start="gora"`` and
