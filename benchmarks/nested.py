@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=["topics", "headers"], choices=["topics", "headers"])
     parser.add_argument("--optimizers", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-3, 1e-2, 1.4e-2, 2e-2])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)

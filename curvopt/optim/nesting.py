@@ -28,7 +28,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 # defaults of the schedule, chosen by benchmarks/nested.py: share of the samples at full rank, steps before the first
 # masks, steps from one ordering of the directions to the next
-FULL_SHARE, WARMUP, REORDER_EVERY = 0.5, 10, 10
+FULL_SHARE, WARMUP, REORDER_EVERY = 0.5, 25, 10
 
 
 # ---------------------------------------------------------------------- settings

@@ -59,7 +59,7 @@ class AdvancedSettings(TypedDict, total=False):
             B A or, where ``statistics`` or the rule keep factors, in the balanced basis. None (default): no masks.
         full_share: nested ranks: share of the samples at rank r, in (0, 1]; the others are at the smaller ranks, in
             proportion to 1/ρ. Default 0.5.
-        mask_warmup: nested ranks: steps before the first masks, ≥ 0. Default 10.
+        mask_warmup: nested ranks: steps before the first masks, ≥ 0. Default 25.
         adapter: name of the PEFT adapter whose pairs are trained; None (default) for all.
         backend: ``"auto"`` (default), ``"torch"`` or ``"triton"``; see `curvopt.ops`.
         require_pairs: True (default): raise if no pair is found. False: everything then gets AdamW.
@@ -167,10 +167,10 @@ def check_alone(g: dict[str, Any]) -> None:
     """Raise a ValueError if a group asks for what a matrix without its partner cannot have."""
     because = 'with low_rank="shape": tensors without names have no partner'
     check("update", g["update"], g["update"] in FACTORLESS, f"one of {', '.join(map(repr, FACTORLESS))} {because}")
-    check("rank_threshold", g["rank_threshold"], g["rank_threshold"] is None, f"None {because}")
+    for name in ("rank_threshold", "nested_ranks"):
+        check(name, g[name], g[name] is None, f"None {because}")
     check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, f"0 {because}")
     check("statistics", g["statistics"], SOURCES[g["statistics"]].observe is None, f"'none' {because}")
-    check("nested_ranks", g["nested_ranks"], g["nested_ranks"] is None, f"None {because}")
 
 
 def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None:
