@@ -61,10 +61,10 @@ class GritKFAC(BucketedOptimizer):
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
             The moments are kept in the rule's coordinates, so it cannot be changed after the first step.
         statistics: where S_u and S_d come from. ``"auto"``: ``"activation"`` if the update rule or a reprojection uses
-            them, else ``"none"``. ``"activation"``: K-FAC, by one hook per pair. ``"gradient"``: Shampoo on the rank
-            side, no hook. ``"weight"``: the present A Aᵀ and BᵀB, as in Riemannian preconditioned LoRA (arXiv
-            2402.02347). ``"none"``: no factors and no hooks; possible with ``"polar"`` only. With DP-SGD, activations
-            bypass the noise: use ``"gradient"`` or ``"weight"``.
+            them, else ``"none"``; nested ranks do without. ``"activation"``: K-FAC, by one hook per pair.
+            ``"gradient"``: Shampoo on the rank side, no hook. ``"weight"``: the present A Aᵀ and BᵀB, as in Riemannian
+            preconditioned LoRA (arXiv 2402.02347). ``"none"``: no factors and no hooks; possible with ``"polar"`` only.
+            With DP-SGD, activations bypass the noise: use ``"gradient"`` or ``"weight"``.
         outer_rank: k ≥ 0, number of directions of the outer factors that are kept, at most the width of a matrix; 0
             for none. Each takes one number per column of A and row of B: k = r makes the state 1.5 times AdamW's. It
             cannot be changed after the first step.
