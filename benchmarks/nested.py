@@ -206,7 +206,8 @@ def rate(rows: Sequence[Row], name: str) -> float:
 def best(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return each contestant's rows of the reported seeds at its learning rate."""
     found = {}
-    for name in (name for name in CONTESTANTS if any(row["optimizer"] == name for row in rows)):
+    tried = {row["optimizer"] for row in rows if row["seed"] == CHOICE}
+    for name in (name for name in CONTESTANTS if name in tried):
         lr = rate(rows, name)
         own = [row for row in rows if row["optimizer"] == name and row["lr"] == lr and row["seed"] != CHOICE]
         found |= {name: own} if own else {}
