@@ -71,7 +71,7 @@ def optimizers(threshold: float = 0.99, every: int = 50) -> dict[str, Factory]:
     def matryoshka(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         from curvopt import MatryoshkaScaledAdam
 
-        return MatryoshkaScaledAdam(model, lr=lr)
+        return MatryoshkaScaledAdam(model, lr=lr, nesting="stratified")
 
     return {"adamw": adamw, "grit": grit, "grit-ranks": grit_ranks, "matryoshka": matryoshka}
 

@@ -55,10 +55,22 @@ def sampled_rank(ranks: Sequence[int], draw: float) -> int:
     return ranks[min(int(draw * len(ranks)), len(ranks) - 1)]
 
 
+def rank_shares(ranks: Sequence[int], full_share: float) -> tuple[float, ...]:
+    """Return the share of the samples at each rank: ``full_share`` at the largest, the rest over the others as 1/ρ.
+
+    By 1/ρ as many directions are trained at each of the smaller ranks, and the first directions, which a small adapter
+    has nothing but, are trained most often on their own.
+    """
+    if len(ranks) == 1:
+        return (1.0,)
+    total = sum(1 / k for k in ranks[:-1])
+    return (*((1 - full_share) / k / total for k in ranks[:-1]), full_share)
+
+
 def stratified_ranks(
     ranks: Sequence[int], full_share: float, n: int, offset: float, generator: torch.Generator
 ) -> Tensor:
-    """Return a rank for each of n samples: the share ``full_share`` at the largest, the rest evenly over the others.
+    """Return a rank for each of n samples: the share ``full_share`` at the largest, the rest over the others as 1/ρ.
 
     The samples stand at (π(i) + offset) / n with a random permutation π, one in each n-th of [0, 1), so no batch
     strays by more than one sample from the shares of each rank, which stratified sampling has a smaller variance for
@@ -75,11 +87,8 @@ def stratified_ranks(
         ``[n]`` int64 on the CPU.
     """
     u = (torch.randperm(n, generator=generator).double() + offset) / n
-    smaller = len(ranks) - 1
-    if full_share >= 1 or not smaller:
-        return torch.full((n,), ranks[-1])
-    at = (u / (1 - full_share) * smaller).long().clamp(max=smaller - 1)
-    return torch.tensor(ranks)[torch.where(u < 1 - full_share, at, smaller)]
+    ends = torch.tensor(rank_shares(ranks, full_share), dtype=torch.float64).cumsum(0)[:-1]  # the last ends at 1
+    return torch.tensor(ranks)[torch.searchsorted(ends, u, right=True)]
 
 
 def prefix(P: Sequence[float], rank: int, scale: str = "none") -> tuple[float, ...]:

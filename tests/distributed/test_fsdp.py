@@ -32,6 +32,11 @@ SCENARIOS = {
     "gradient-64": (odd64, {"statistics": "gradient", **ALL}, False),
     "weight-64": (odd64, {"statistics": "weight", "update": "adam", **ALL}, False),
     "paper-64": (odd64, {"sides": "paper", "update": "adam", **ALL, "reprojection": "paper"}, False),
+    # masks are other ones in every process; the order of the directions is by weights, or by factors
+    "nested-64": (odd64, {"nested_ranks": (1, 2), "full_share": 1.0, "reproject_every": 2}, False),
+    "nested-factors-64": (
+        odd64, {"nested_ranks": (1, 2), "full_share": 1.0, "reproject_every": 2, "statistics": "activation"}, True,
+    ),
     "mixed-64": (mixed64, ALL, False),
     "mixed-weight-64": (mixed64, {"statistics": "weight", "update": "momentum", **ALL}, True),
 }  # fmt: skip

@@ -24,6 +24,7 @@ BYTES = {
     "weight": {"statistics": "weight", "update": "momentum"},
     "gradient": {"statistics": "gradient", "outer_rank": 0, "factor_every": 3},
     "reprojected": {"reproject_every": 2, "rank_threshold": 0.9, "min_rank": 1},
+    "nested": {"nested_ranks": (1, 2), "reproject_every": 2},
 }
 
 

@@ -35,6 +35,8 @@ def bytes_sent(optimizer: BucketedOptimizer) -> dict[str, int]:
                 seeds = g["rank_threshold"] is not None and g["reprojection"] == "balanced"
                 seeds = seeds and block.sides[0].name == "A"
                 sent["reprojection"] += (there + back) * held + (8 * L if seeds else 0)
+                if source.observe is None:  # A Aᵀ and Bᵀ B take the place of the factors
+                    sent["reprojection"] += there * held + L * r * (r + 1) // 2 * b
                 # whether the basis means anything to layers that are not known: r×r products, and A whole for them
                 asked = sum(not side.pair.plain for side in block.sides)
                 sent["reprojection"] += asked * r * r * b + (there * held if asked else 0)

@@ -328,5 +328,6 @@ def small_state(side: Side) -> dict[str, Tensor]:
 
 def due(buckets: Iterable[Bucket], what: str) -> list[Bucket]:
     """Return the buckets for which periodic work is to be done in this step; see `Bucket.due`."""
-    reading = (b for b in buckets if ("factor" if what != "inverse_every" else rule_of(b).key) in b.state)
+    needs = {"factor_every": lambda b: "factor", "inverse_every": lambda b: rule_of(b).key}
+    reading = (b for b in buckets if what not in needs or needs[what](b) in b.state)
     return [b for b in reading if b.due(what)]

@@ -18,6 +18,8 @@ from curvopt.optim.checking import check
 from curvopt.optim.grit import diagnostics, outer, reproject, settings
 from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
 from curvopt.optim.grit.factors import OuterFactor, PairFactors, outer_factors, rank_factors
+from curvopt.optim.nesting import MaskedPair, SampleMasks, StepDraw, sample_ranks, steps_taken
+from curvopt.optim.reordering import entangled
 
 T = TypeVar("T", bound="GritKFAC")
 
@@ -41,6 +43,11 @@ class GritKFAC(BucketedOptimizer):
             A ← A (1 − lr·wd) + Adam's step, preconditioned by M_A; B likewise
             change basis, choose the rank k, zero directions ≥ k    every reproject_every steps
 
+    With ``nested_ranks``, the leading directions serve as adapters of smaller ranks: in training, each sample of a
+    batch computes at one of these ranks, by a hook on u, and the directions are kept in order. The trained adapter is
+    cut by ``curvopt.lora.export_adapter(model, path, ranks=2)``, or by `curvopt.lora.truncated` with
+    ``basis="stored"``.
+
     The formulas are in `curvopt.functional.outer` and `curvopt.functional.update`.
 
     Args:
@@ -54,16 +61,17 @@ class GritKFAC(BucketedOptimizer):
         update: ``"polar"``, ``"eigen"``, ``"adam"``, ``"whiten"`` or ``"momentum"``; see `curvopt.functional.update`.
             The moments are kept in the rule's coordinates, so it cannot be changed after the first step.
         statistics: where S_u and S_d come from. ``"auto"``: ``"activation"`` if the update rule or a reprojection uses
-            them, else ``"none"``. ``"activation"``: K-FAC, by one hook per pair. ``"gradient"``: Shampoo on the rank
-            side, no hook. ``"weight"``: the present A Aᵀ and BᵀB, as in Riemannian preconditioned LoRA (arXiv
-            2402.02347). ``"none"``: no factors and no hooks; possible with ``"polar"`` only. With DP-SGD, activations
-            bypass the noise: use ``"gradient"`` or ``"weight"``.
+            them, else ``"none"``; nested ranks do without. ``"activation"``: K-FAC, by one hook per pair.
+            ``"gradient"``: Shampoo on the rank side, no hook. ``"weight"``: the present A Aᵀ and BᵀB, as in Riemannian
+            preconditioned LoRA (arXiv 2402.02347). ``"none"``: no factors and no hooks; possible with ``"polar"`` only.
+            With DP-SGD, activations bypass the noise: use ``"gradient"`` or ``"weight"``.
         outer_rank: k ≥ 0, number of directions of the outer factors that are kept, at most the width of a matrix; 0
             for none. Each takes one number per column of A and row of B: k = r makes the state 1.5 times AdamW's. It
             cannot be changed after the first step.
         damping: λ > 0, relative to the mean eigenvalue: of the outer factors, of the r×r factors and, for ``"polar"``,
             of the Gram matrix of the step; a 0-d tensor is allowed.
-        reproject_every: steps between reprojections; 0 for never; None: 25 with a ``rank_threshold``, else never.
+        reproject_every: steps between reprojections; 0 for never; None: 25 with a ``rank_threshold``, 10 with
+            ``nested_ranks``, else never.
         rank_threshold: τ in (0, 1]: keep the smallest number of directions with a share τ of the energy; None keeps
             all.
         min_rank: keep at least so many directions; at most the rank of every pair.
@@ -76,8 +84,8 @@ class GritKFAC(BucketedOptimizer):
             place. A replay repeats what the captured step did: pass ``lr`` (and ``damping``) as tensors, and capture a
             step with new matrices and one without, or set both cadences to 1. Reprojection needs eager steps.
         model: the module to search when ``params`` are groups of tensors.
-        advanced: keywords that most runs leave alone: cadences and decay of the factors, the kind of reprojection,
-            adapter, backend, process group; see `curvopt.optim.grit.AdvancedSettings`.
+        advanced: keywords that most runs leave alone: nested ranks, cadences and decay of the factors, the kind of
+            reprojection, adapter, backend, process group; see `curvopt.optim.grit.AdvancedSettings`.
 
     A step with non-finite gradients changes nothing and is counted; see `diagnostics`. Cadences count the steps in
     which a pair has gradients, skipped steps included; periodic work that falls on a skipped step is done at the next
@@ -96,6 +104,7 @@ class GritKFAC(BucketedOptimizer):
     _small = frozenset(
         {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
         | outer.SMALL
+        | StepDraw.SMALL
         | {rule.key for rule in RULES.values() if rule.key is not None}
     )
 
@@ -128,6 +137,7 @@ class GritKFAC(BucketedOptimizer):
         }  # fmt: skip
         others = settings.with_defaults(advanced, [*defaults, "low_rank", "model"])
         self._process_group = others.pop("process_group")
+        self._draws = StepDraw(others.pop("generator"))
         check("low_rank", low_rank, low_rank in settings.LOW_RANK, f"one of {settings.LOW_RANK}")
         self._low_rank = low_rank
         search = {name: others.pop(name) for name in ("adapter", "backend", "require_pairs")}
@@ -168,7 +178,7 @@ class GritKFAC(BucketedOptimizer):
             self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
         reprojected = due(buckets, "reproject_every")
         if reprojected:  # gradients are those of the weights before the step
-            self._curvature.entangled = reproject.entangled(reprojected)
+            self._curvature.entangled = entangled(reprojected, self._masks.pairs)
         for bucket in buckets:
             if bucket.outer_rank:
                 outer.precondition(
@@ -180,6 +190,8 @@ class GritKFAC(BucketedOptimizer):
             held = self._curvature.entangled
             reproject.change_basis(reprojected, found_inf, self._curvature, held)  # A ← T A, B ← B T⁻¹, mask
         self._curvature.arm(self._buckets, self._sides)
+        if self._masks.pairs:
+            self._masks.advance(self._draws.next(), self._buckets, buckets)  # the ranks of the next step's samples
         return loss
 
     def _planned(self, bucket: Bucket) -> str:
@@ -305,11 +317,16 @@ class GritKFAC(BucketedOptimizer):
     @property
     def watching(self) -> bool:
         """Whether hooks of this optimizer are registered on the model."""
-        return self._curvature.capture.attached
+        return self._curvature.capture.attached or self._masks.attached
 
     def remove_hooks(self) -> None:
-        """Remove the hooks from the model. The factors are no longer updated; the optimizer continues to work."""
+        """Remove the hooks from the model. Training continues with the factors as they are, and without masks."""
         self._curvature.capture.remove()
+        self._masks.remove()
+
+    def nested_ranks(self) -> dict[str, tuple[int, ...]]:
+        """Return the ranks at which the samples of every pair are trained, by name; empty without ``nested_ranks``."""
+        return {own.pair.name: own.ranks for own in self._masks.pairs}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients as torch does, and discard the statistics of the backward passes since the last step."""
@@ -362,6 +379,8 @@ class GritKFAC(BucketedOptimizer):
     def _release(self) -> None:
         if hasattr(self, "_curvature"):
             self._curvature.capture.remove()
+        if hasattr(self, "_masks"):
+            self._masks.remove()
 
     def _check_group(self, g: dict[str, Any]) -> None:
         super()._check_group(g)
@@ -372,7 +391,7 @@ class GritKFAC(BucketedOptimizer):
     def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
         super()._check_edit(before, g)
         settings.check_edit(before, g, any(b.group is g for b in self._buckets))
-        if before["statistics"] != g["statistics"]:
+        if any(before[key] != g[key] for key in ("statistics", "nested_ranks")):
             self._index_pairs()
         if before["damping"] is not g["damping"]:
             for bucket in self._buckets:
@@ -386,6 +405,29 @@ class GritKFAC(BucketedOptimizer):
         super()._note_params()
         before: Curvature | None = self.__dict__.get("_curvature")
         self._curvature = Curvature(self._sides, self._pairs, self._process_group, self._ops, before)
+        # After those of the capture: it sees all of u, and d behind the mask. Σ u² d² then counts a direction for the
+        # samples that use it, once: what dropping it costs in the training with masks.
+        nested = [s for s in self._sides if s.group["nested_ranks"] is not None and s.pair.signal is not None]
+        masked = {
+            s.pair: MaskedPair(s.pair, sample_ranks(s.group["nested_ranks"], s.pair.rank), s.group) for s in nested
+        }
+        masks: SampleMasks | None = self.__dict__.get("_masks")
+        self._masks = SampleMasks(masked.values(), "mask_warmup", masks)
+        self._masks.arm(self._draws.last, steps_taken(self.state.values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; with nested ranks it has the generator of the masks, and its last number."""
+        self._draws.save((s for s in self._sides if s.group["nested_ranks"] is not None), self.state)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, and the generator of the masks; see `PairedOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        if self._draws.load(self.state.values()):
+            self._index_pairs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_draws": self._draws}
 
     def _complete_group(self, g: dict[str, Any]) -> None:
         settings.complete(g)

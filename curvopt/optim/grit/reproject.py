@@ -1,6 +1,6 @@
 """Changing the basis of pairs: the balanced gauge with its masks, and GRIT's published projections."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,41 +12,10 @@ from curvopt.lora import LoraPair
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Block, Bucket
 from curvopt.optim.grit.curvature import Curvature, rule_of
+from curvopt.optim.reordering import Entangled, Place, alike, free, weight_factors
 
 # rows of u and d before the published code lets d have a basis of its own
 MIN_SAMPLES = 64
-
-# above it a loss depends on more than B A: far above the rounding of bfloat16 gradients, below what mixers do
-ASYMMETRY = 0.1
-
-Place = tuple[Bucket, int]
-# by pair a 0-d boolean, whether its basis means something; pairs that are known to be plain are not in it
-Entangled = dict[LoraPair, Tensor]
-
-
-def entangled(buckets: Sequence[Bucket]) -> Entangled:
-    """Return which pairs the loss sees otherwise than through B A, by the gradients of this step, before it is taken.
-
-    Only pairs of layers that are not known to be plain are looked at.
-    """
-    products: dict[LoraPair, dict[str, Tensor]] = {}
-    for bucket in buckets:
-        for block in bucket.blocks:
-            asked = [i for i, s in enumerate(block.sides) if not s.pair.plain]
-            if not asked:
-                continue
-            W, G = (torch.stack(X).to(bucket.compute_dtype) for X in (list(block.weights()), bucket.grads[block.rows]))
-            P = W.new_zeros(len(asked), bucket.r, bucket.r)
-            torch.matmul(*((G[asked], W[asked].mT) if block.rank_dim == 1 else (W[asked].mT, G[asked])), out=P)
-            if block.shards is not None:
-                block.shards.sum_(P)
-            for i, own in zip(asked, P, strict=True):
-                products.setdefault(block.sides[i].pair, {})[block.sides[i].name] = own
-    return {
-        pair: ~(basis.asymmetry(P["A"][None], P["B"][None])[0] <= ASYMMETRY)
-        for pair, P in products.items()
-        if len(P) == 2
-    }
 
 
 def change_basis(
@@ -70,21 +39,27 @@ def balanced(
 
     Parameters, both moments, factors and matrices change together, so that without truncation ΔW and what the
     optimizer believes about it are unchanged. Pairs with a frozen or idle side keep their basis, and those that share
-    a matrix with another layer.
+    a matrix with another layer. Where no factors are kept, A Aᵀ and BᵀB take their place: the order is then that of the
+    singular values of B A; see `curvopt.optim.reordering.weight_factors`.
+
+    Outer factors stay as they are. S_x = E[x xᵀ] is a second moment of the layer's input, which no basis of the rank
+    side changes. Its estimate E[∇Aᵀ∇A] becomes E[∇Aᵀ T⁻¹T⁻ᵀ ∇A]: the same for an orthogonal T and, where K-FAC's
+    E[∇Aᵀ∇A] = tr(S_d) S_x holds, the same up to a scalar for any T. Only its shape acts. For B likewise.
     """
+    grams = weight_factors([bucket for bucket in buckets if "factor" not in bucket.state])
     maps: dict[Side, tuple[Tensor, Tensor]] = {}
     lifted: dict[Side, Tensor] = {}
-    for pairs in _alike(buckets):
+    for pairs in alike(buckets):
         a = [places[0] for places in pairs.values()]
         bucket = a[0][0]
-        S_u, S_d = _factors(pairs)
+        S_u, S_d = _factors(pairs, grams)
         k, pending = _rows("rank", a), _rows("pending", a)
         tau = bucket.group["rank_threshold"]
         if tau is not None:  # a mask that the weights do not bear out is none
             stale = _beyond(pairs, k)
             k, pending = torch.where(stale, bucket.r, k), torch.where(stale, 0, pending)
         gauge = basis.balanced(S_u, S_d, k=k, keep_scale=False)
-        fine = (found_inf[bucket.device] == 0) & _free(pairs, held, bucket.device)
+        fine = (found_inf[bucket.device] == 0) & free(pairs, held, bucket.device)
         eye = torch.eye(bucket.r, dtype=gauge.T.dtype, device=bucket.device)
         T, T_inv = (torch.where(fine[:, None, None], M, eye) for M in (gauge.T, gauge.T_inv))
         k_new, agreed = k, pending
@@ -124,10 +99,11 @@ def _transform(
 
     bucket.transform("params", M, k, found_inf, seeded if seeds else None)
 
-    M_factor = M_grad if bucket.group["sides"] == "kfac" else M
-    alive = live_rows(k, bucket.r)
-    factor = torch.where(alive[:, :, None] & alive[:, None, :], basis.congruence(M_factor, state["factor"]), 0.0)
-    state["factor"].copy_(torch.where(found_inf == 0, factor, state["factor"]))
+    if "factor" in state:
+        M_factor = M_grad if bucket.group["sides"] == "kfac" else M
+        alive = live_rows(k, bucket.r)
+        factor = torch.where(alive[:, :, None] & alive[:, None, :], basis.congruence(M_factor, state["factor"]), 0.0)
+        state["factor"].copy_(torch.where(found_inf == 0, factor, state["factor"]))
 
     rule, old, new = rule_of(bucket), None, None
     if rule.key is not None:
@@ -166,18 +142,18 @@ def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], 
     The number of directions kept is noted in the state as ``kept``.
     """
     maps: dict[Side, Tensor] = {}
-    for pairs in _alike(buckets):
+    for pairs in alike(buckets):
         a = [places[0] for places in pairs.values()]
         g, r = a[0][0].group, a[0][0].r
-        S_u, S_d = _factors(pairs)
+        S_u, S_d = _factors(pairs, {})
         S_d = torch.where((_rows("rows", a) >= MIN_SAMPLES)[:, None, None], S_d, 0.0)
         _, energy = eigenbasis(S_u)
         k = torch.full((len(pairs),), r, device=S_u.device)
         if g["rank_threshold"] is not None:
             k = ranks.energy_rank(energy, g["rank_threshold"], g["min_rank"])
         P_a, P_g = basis.projectors(S_u, S_d, k, two_sided=g["reprojection"] == "paper")
-        free = (found_inf[S_u.device] == 0) & _free(pairs, held, S_u.device)
-        keep = (free & normalised(S_u)[1])[:, None, None]
+        fine = (found_inf[S_u.device] == 0) & free(pairs, held, S_u.device)
+        keep = (fine & normalised(S_u)[1])[:, None, None]
         eye = torch.eye(r, dtype=S_u.dtype, device=S_u.device)
         P_a, P_g = torch.where(keep, P_a, eye), torch.where(keep, P_g, eye)
         for i, places in enumerate(pairs.values()):
@@ -189,27 +165,6 @@ def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], 
         eye = torch.eye(bucket.r, dtype=bucket.compute_dtype, device=bucket.device)
         P = torch.stack([maps.get(side, eye) for side in bucket.sides])
         bucket.transform("params", P, None, found_inf[bucket.device])
-
-
-def _alike(buckets: Sequence[Bucket]) -> list[dict[LoraPair, tuple[Place, Place]]]:
-    """Group the pairs with both sides, theirs alone, in ``buckets`` by rank, device, dtype and settings."""
-    places: dict[LoraPair, dict[str, Place]] = {}
-    for bucket in buckets:
-        for i, side in enumerate(bucket.sides):
-            places.setdefault(side.pair, {})[side.name] = (bucket, i)
-    alike: dict[tuple[object, ...], dict[LoraPair, tuple[Place, Place]]] = {}
-    for pair, found in places.items():
-        if len(found) == 2 and not pair.shared:
-            bucket = found["A"][0]
-            key = (bucket.r, bucket.device, bucket.compute_dtype, id(bucket.group))
-            alike.setdefault(key, {})[pair] = (found["A"], found["B"])
-    return list(alike.values())
-
-
-def _free(pairs: Iterable[LoraPair], held: Entangled, device: torch.device) -> Tensor:
-    """Return ``[P]`` booleans, which pairs' outputs do not depend on their basis."""
-    no = torch.zeros((), dtype=torch.bool, device=device)
-    return ~torch.stack([held.get(pair, no) for pair in pairs])
 
 
 def _beyond(pairs: dict[LoraPair, tuple[Place, Place]], k: Tensor) -> Tensor:
@@ -232,10 +187,13 @@ def _rows(key: str, places: Sequence[Place]) -> Tensor:
     return torch.stack([bucket.state[key][i] for bucket, i in places])
 
 
-def _factors(pairs: dict[LoraPair, tuple[Place, Place]]) -> tuple[Tensor, Tensor]:
-    """Return S_u and S_d ``[P, r, r]``, whichever side each is kept with."""
+def _factors(pairs: dict[LoraPair, tuple[Place, Place]], grams: Mapping[Bucket, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return S_u and S_d ``[P, r, r]``, whichever side each is kept with; A Aᵀ and BᵀB of buckets in ``grams``."""
     found: dict[str, list[Tensor]] = {"u": [], "d": []}
     for places in pairs.values():
-        for bucket, i in places:
-            found[bucket.sides[i].moment()].append(bucket.state["factor"][i])
+        for (bucket, i), own in zip(places, "ud", strict=True):
+            if bucket in grams:
+                found[own].append(grams[bucket][i])
+            else:
+                found[bucket.sides[i].moment()].append(bucket.state["factor"][i])
     return torch.stack(found["u"]), torch.stack(found["d"])

@@ -4,11 +4,13 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 import torch.distributed as dist
 from typing_extensions import TypedDict
 
 from curvopt.functional.update import RULES
 from curvopt.ops import Backend
+from curvopt.optim import nesting
 from curvopt.optim.base import Side
 from curvopt.optim.checking import check, is_number, is_whole
 from curvopt.optim.grit.curvature import SOURCES
@@ -28,14 +30,15 @@ MIN_RANK = 4
 
 # what the groups that hold a pair's A and B must agree on
 SHARED = ("outer_rank", "sides", "update", "damping", "factor_decay", "factor_every", "inverse_every",
-          "warmup_steps", "reprojection", "reproject_every", "rank_threshold", "min_rank", "statistics")  # fmt: skip
+          "warmup_steps", "reprojection", "reproject_every", "rank_threshold", "min_rank", "statistics",
+          "nested_ranks", "full_share", "mask_warmup")  # fmt: skip
 
 
 class AdvancedSettings(TypedDict, total=False):
     """Keyword arguments of `GritKFAC` that most runs leave alone.
 
-    They are passed like any other keyword. Those up to ``reprojection`` are param-group settings, as ``lr`` is; the
-    others are given once.
+    They are passed like any other keyword. Those up to ``mask_warmup`` are param-group settings, as ``lr`` is;
+    the others are given once.
 
     Attributes:
         sides: ``"kfac"`` (default): S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
@@ -47,11 +50,22 @@ class AdvancedSettings(TypedDict, total=False):
             Default 10.
         warmup_steps: number of plain AdamW steps at the start, while the factors fill. Default 0.
         reprojection: ``"balanced"`` (default, our derivation): leaves ΔW unchanged and orders the directions by
-            energy; ``"paper"`` (two-sided) and ``"paper-one-sided"``: GRIT's projections; None: none.
+            energy, or, where no factors are kept, by the singular values of B A; ``"paper"`` (two-sided) and
+            ``"paper-one-sided"``: GRIT's projections; None: none.
+        nested_ranks: ranks, ascending, at which the leading directions are to serve as adapters of their own; a pair's
+            own rank r is always one of them, and those above it are ignored for the pair. In training, each sample of
+            a batch computes at one of them, as ``nesting="stratified"`` of `curvopt.MatryoshkaScaledAdam` does. The
+            directions are sorted every 10 steps, unless ``reproject_every`` says otherwise: by the singular values of
+            B A or, where ``statistics`` or the rule keep factors, in the balanced basis. None (default): no masks.
+        full_share: nested ranks: share of the samples at rank r, in (0, 1]; the others are at the smaller ranks, in
+            proportion to 1/ρ. Default 0.5.
+        mask_warmup: nested ranks: steps before the first masks, ≥ 0. Default 25.
         adapter: name of the PEFT adapter whose pairs are trained; None (default) for all.
         backend: ``"auto"`` (default), ``"torch"`` or ``"triton"``; see `curvopt.ops`.
         require_pairs: True (default): raise if no pair is found. False: everything then gets AdamW.
         process_group: the processes to sum statistics over; None (default): the default group, if there is one.
+        generator: nested ranks: a CPU generator for the masks, whose state is saved in ``state_dict``; None (default):
+            one seeded with 0. It must be seeded alike in all processes; their masks differ nevertheless.
     """
 
     sides: Sides
@@ -60,10 +74,14 @@ class AdvancedSettings(TypedDict, total=False):
     inverse_every: int
     warmup_steps: int
     reprojection: Reprojection | None
+    nested_ranks: Sequence[int] | None
+    full_share: float
+    mask_warmup: int
     adapter: str | None
     backend: Backend
     require_pairs: bool
     process_group: dist.ProcessGroup | None
+    generator: torch.Generator | None
 
 
 ADVANCED: AdvancedSettings = {
@@ -73,10 +91,14 @@ ADVANCED: AdvancedSettings = {
     "inverse_every": 10,
     "warmup_steps": 0,
     "reprojection": "balanced",
+    "nested_ranks": None,
+    "full_share": nesting.FULL_SHARE,
+    "mask_warmup": nesting.WARMUP,
     "adapter": None,
     "backend": "auto",
     "require_pairs": True,
     "process_group": None,
+    "generator": None,
 }
 
 
@@ -98,12 +120,16 @@ REPROJECT_EVERY = 25
 
 
 def complete(g: dict[str, Any]) -> None:
-    """Decide what depends on what else is asked for: factors are kept where something reads them, and only there."""
+    """Decide what depends on what else is asked for: factors are kept where something reads them, and only there.
+
+    Nested ranks are put in order without factors, by the singular values of B A.
+    """
+    nested, adaptive = g["nested_ranks"] is not None, g["rank_threshold"] is not None
     if g["reproject_every"] is None:
-        g["reproject_every"] = 0 if g["rank_threshold"] is None else REPROJECT_EVERY
+        g["reproject_every"] = nesting.REORDER_EVERY if nested else REPROJECT_EVERY if adaptive else 0
     if g["statistics"] == "auto":
         rule = RULES.get(g["update"])
-        read = g["reproject_every"] != 0 or (rule is not None and rule.key is not None)
+        read = (g["reproject_every"] != 0 and not nested) or (rule is not None and rule.key is not None)
         g["statistics"] = "activation" if read else "none"
 
 
@@ -123,16 +149,26 @@ def check_group(g: dict[str, Any]) -> None:
     if SOURCES[g["statistics"]].observe is None:  # nothing to make a matrix or a gauge of
         need = f'with statistics="none" one of {", ".join(map(repr, FACTORLESS))}: the other rules act through a factor'
         check("update", g["update"], g["update"] in FACTORLESS, need)
-        check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, '0 with statistics="none"')
+        fits = g["reproject_every"] == 0 or (g["reprojection"] in ("balanced", None) and g["rank_threshold"] is None)
+        need = '0 with statistics="none", but for reprojection="balanced" without rank_threshold'
+        check("reproject_every", g["reproject_every"], fits, need)
     tau = g["rank_threshold"]
     check("rank_threshold", tau, tau is None or (is_number(tau) and 0 < tau <= 1), "None or a number in (0, 1]")
+    nesting.check_ranks(g, "nested_ranks")
+    nesting.check_schedule(g, "mask_warmup")
+    if g["nested_ranks"] is not None:
+        check("rank_threshold", tau, tau is None, "None with nested_ranks: masks lower the energies it would read")
+        fits = g["reprojection"] in ("balanced", None)
+        check("reprojection", g["reprojection"], fits, "'balanced' or None with nested_ranks: others change ΔW")
+        check("capturable", g["capturable"], not g["capturable"], "False with nested_ranks: a replay draws no masks")
 
 
 def check_alone(g: dict[str, Any]) -> None:
     """Raise a ValueError if a group asks for what a matrix without its partner cannot have."""
     because = 'with low_rank="shape": tensors without names have no partner'
     check("update", g["update"], g["update"] in FACTORLESS, f"one of {', '.join(map(repr, FACTORLESS))} {because}")
-    check("rank_threshold", g["rank_threshold"], g["rank_threshold"] is None, f"None {because}")
+    for name in ("rank_threshold", "nested_ranks"):
+        check(name, g[name], g[name] is None, f"None {because}")
     check("reproject_every", g["reproject_every"], g["reproject_every"] == 0, f"0 {because}")
     check("statistics", g["statistics"], SOURCES[g["statistics"]].observe is None, f"'none' {because}")
 
@@ -142,6 +178,9 @@ def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None
     for name in ("update", "sides", "statistics", "outer_rank"):
         same = not stepped or before[name] == g[name]
         check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state depends on it")
+    was, now = before["nested_ranks"], g["nested_ranks"]
+    same = not stepped or (was is None) == (now is None)
+    check("nested_ranks", now, same, f"{'None' if was is None else 'other ranks'}, as at the first step")
 
 
 def check_pairs(sides: Sequence[Side]) -> None:
@@ -158,3 +197,6 @@ def check_pairs(sides: Sequence[Side]) -> None:
         binds = g["rank_threshold"] is not None or g["min_rank"] != MIN_RANK
         fits = not binds or g["min_rank"] <= side.pair.rank
         check("min_rank", g["min_rank"], fits, f"at most the rank of every pair ({side.pair.name}: {side.pair.rank})")
+        if g["nested_ranks"] is not None:
+            nesting.check_maskable(side.pair, "nested_ranks", g["nested_ranks"], "None")
+    nesting.check_largest(sides, "nested_ranks")

@@ -1,6 +1,5 @@
 """What nested ranks mean for one pair: its own ranks and P, and what of the settings is refused."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,6 +17,7 @@ from curvopt.functional.nested import (
     sampled_rank,
 )
 from curvopt.lora import LoraPair
+from curvopt.optim import nesting
 from curvopt.optim.base import PairedOptimizer, Side
 from curvopt.optim.checking import check, is_whole
 
@@ -113,8 +113,8 @@ def own_ranks(g: dict[str, Any], r: int) -> tuple[int, ...]:
     """Return the ranks that a pair of rank r is trained at; empty if none of the group's fits."""
     if g["nesting"] == "lora":
         return (r,)
-    if g["nesting"] == "stratified" and g["ranks"] is not None:
-        return (*(k for k in g["ranks"] if k < r), r)
+    if g["nesting"] == "stratified":
+        return nesting.sample_ranks(g["ranks"], r)
     return powers_of_two(r) if g["ranks"] is None else tuple(k for k in g["ranks"] if k <= r)
 
 
@@ -122,17 +122,10 @@ def check_group(g: dict[str, Any]) -> None:
     """Raise a ValueError for settings that no pair could have."""
     for name, allowed in (("scale", SCALES), ("nesting", NESTINGS)):
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
-    ranks = g["ranks"]
-    listed = isinstance(ranks, (list, tuple)) and len(ranks) > 0
-    whole = listed and all(is_whole(k) and k >= 1 for k in ranks)
-    ascending = whole and all(a < b for a, b in itertools.pairwise(ranks))
-    check("ranks", ranks, ranks is None or ascending, "None or ascending integers ≥ 1")
-    g["ranks"] = None if ranks is None else tuple(ranks)  # a list could be changed in place, unseen
-    share = g["full_share"]
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    check("full_share", share, number and 0 < share <= 1, "a number in (0, 1]")
-    for name in ("warmup_steps", "reorder_every"):
-        check(name, g[name], is_whole(g[name]) and g[name] >= 0, "an integer ≥ 0")
+    nesting.check_ranks(g, "ranks")
+    nesting.check_schedule(g, "warmup_steps")
+    every = g["reorder_every"]
+    check("reorder_every", every, is_whole(every) and every >= 0, "an integer ≥ 0")
     plain = g["nesting"] != "stratified" or g["scale"] == "none"
     check("scale", g["scale"], plain, "'none' for nesting='stratified': samples keep the scaling of the module")
 
@@ -148,12 +141,9 @@ def check_pairs(sides: Sequence[Side]) -> None:
         fits = bool(own_ranks(g, pair.rank))
         check("ranks", g["ranks"], fits, f"such that one is at most {pair.rank}, the rank of {pair.name}")
         check(f"scaling of {pair.name}", pair.scaling, pair.scaling > 0, "above 0")
-        seen = g["nesting"] != "stratified" or pair.signal is not None
-        check(f"nesting of {pair.name}", g["nesting"], seen, f"another than 'stratified' ({pair.note})")
-    for g in {id(side.group): side.group for side in sides}.values():
-        most = max(side.pair.rank for side in sides if side.group is g)
-        fits = g["ranks"] is None or g["ranks"][-1] <= most
-        check("ranks", g["ranks"], fits, f"at most {most}, the largest rank of a pair")
+        if g["nesting"] == "stratified":
+            nesting.check_maskable(pair, "nesting", g["nesting"], "another than 'stratified'")
+    nesting.check_largest(sides, "ranks")
 
 
 def diagnose(optimizer: PairedOptimizer, nests: Mapping[LoraPair, NestedRanks]) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from curvopt.functional.nested import RowSlab, Scale
 from curvopt.lora import LoraPair
 from curvopt.ops import Backend
 from curvopt.optim.base import Side
-from curvopt.optim.bucket import FULL, MOMENTS, Block, Bucket, BucketedOptimizer, cadence_of, on_pieces
+from curvopt.optim.bucket import FULL, MOMENTS, Block, Bucket, BucketedOptimizer, on_pieces
 from curvopt.optim.checking import check
 from curvopt.optim.matryoshka import nested_ranks as nests
 from curvopt.optim.matryoshka import truncation
-from curvopt.optim.matryoshka.masks import SampleMasks
 from curvopt.optim.matryoshka.nested_ranks import scaled_rows
-from curvopt.optim.matryoshka.reorder import reorder
+from curvopt.optim.nesting import FULL_SHARE, REORDER_EVERY, WARMUP, MaskedPair, SampleMasks, StepDraw, steps_taken
+from curvopt.optim.reordering import entangled, reorder
 
 DRAWING = ("dylora", "stratified")
 
@@ -66,8 +66,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         nesting: ``"matryoshka"``; ``"dylora"``: one random ρ per step, skipped steps included (arXiv 2210.07558);
             ``"lora"``: only r, P = s(r) I, whatever ``ranks`` is; ``"stratified"``: each sample at a rank of its own; r
             is then always one of the ranks, and ``scale`` must be ``"none"``. It cannot be changed later.
-        full_share: stratified: share of the samples at rank r, in (0, 1]; the others are spread evenly over the smaller
-            ranks. A lower share favours small ranks.
+        full_share: stratified: share of the samples at rank r, in (0, 1]; the others are at the smaller ranks, in
+            proportion to 1/ρ. A lower share favours small ranks.
         warmup_steps: stratified: steps before the first masks.
         reorder_every: stratified: steps from one reordering to the next; 0 for none.
         generator: a CPU generator for DyLoRA's ρ and for the masks; its state is saved in ``state_dict``. None: one
@@ -87,8 +87,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         ValueError: no pair, or an argument out of range.
     """
 
-    _small = frozenset({"skipped", "cadence", "generator", "draw"})
-    _drawn: float | None = None  # the uniform number that picked DyLoRA's present ρ
+    _small = frozenset({"skipped", "cadence"}) | StepDraw.SMALL
 
     def __init__(
         self,
@@ -101,9 +100,9 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         ranks: Sequence[int] | None = None,
         scale: Scale = "none",
         nesting: nests.Nesting = "matryoshka",
-        full_share: float = 0.75,
-        warmup_steps: int = 10,
-        reorder_every: int = 10,
+        full_share: float = FULL_SHARE,
+        warmup_steps: int = WARMUP,
+        reorder_every: int = REORDER_EVERY,
         generator: torch.Generator | None = None,
         adapter: str | None = None,
         backend: Backend = "auto",
@@ -111,9 +110,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         maximize: bool = False,
         model: nn.Module | None = None,
     ) -> None:
-        if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
-            raise TypeError(f"generator must be None or a torch.Generator on the CPU, got {generator!r}")
-        self._generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self._draws = StepDraw(generator)  # DyLoRA's present ρ, or the masks
         self._before: dict[LoraPair, Tensor] = {}  # what truncated() took away; empty outside
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
@@ -139,16 +136,15 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             bucket.begin("row", self._make_plan, self._to_full)
         found_inf = self._found_inf(buckets, others)
         self._enter(buckets, found_inf)  # A ← Q A, once a pair
+        due = [bucket for bucket in buckets if _reorders(bucket)]
+        held = entangled(due, self._masks.pairs)  # gradients are those of the weights before the step
         for bucket in buckets:
             bucket.step(found_inf[bucket.device])  # row by row: lr Q_i, ε / Q_i
         self._update_others(others, found_inf)
-        due = [bucket for bucket in buckets if _reorders(bucket)]
         if due:
-            reorder(due, found_inf)  # A ← T A, B ← B T⁻¹
-        self._masks.warn_of_silence(side.pair for bucket in buckets for side in bucket.sides)
+            reorder(due, found_inf, held)  # A ← T A, B ← B T⁻¹
         self._draw()  # DyLoRA: Ã ← P_ρ A / s for the next ρ
-        self._masks.attach()
-        self._masks.arm(self._drawn, max((bucket.steps for bucket in self._buckets), default=0))
+        self._masks.advance(self._draws.last, self._buckets, buckets)
         return loss
 
     def _make_plan(self, bucket: Bucket, name: str) -> tuple[Any, list[RowSlab]]:
@@ -254,13 +250,13 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         """Draw a number for the next step, if any group samples, and give DyLoRA's modules the rank of A it picks."""
         if not any(g["nesting"] in DRAWING for g in self.param_groups):
             return
-        self._drawn = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        draw = self._draws.next()
         for bucket in self._buckets:
             if bucket not in self._entered and not bucket.state["step"] > 0:
                 continue
             for block in (block for block in bucket.blocks if block.full is not None):
                 for side in block.sides:
-                    self._nests[side.pair].draw(self._drawn)
+                    self._nests[side.pair].draw(draw)
                 block.assign(self._at_present(block))
 
     # ------------------------------------------------------------------ one rank
@@ -332,33 +328,20 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; the state of every sampled pair's first side has the generator and last draw."""
-        draw = torch.nan if self._drawn is None else self._drawn
-        kept = self._generator.get_state(), torch.tensor(draw, dtype=torch.float64)
-        first = {side.pair: side for side in reversed(self._sides) if side.group["nesting"] in DRAWING}
-        for side in first.values():
-            if side.param in self.state:
-                self.state[side.param].update(generator=kept[0], draw=kept[1])
+        self._draws.save((s for s in self._sides if s.group["nesting"] in DRAWING), self.state)
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_generator_state": self._generator.get_state(), "_drawn": self._drawn}
+        return {**super().__getstate__(), "_draws": self._draws}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._before = {}
-        copied = state.pop("_generator_state", None)
-        if copied is not None:
-            self._generator = torch.Generator()
-            self._generator.set_state(copied)
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, and DyLoRA's generator with it; see `PairedOptimizer.load_state_dict`."""
         super().load_state_dict(state_dict)
-        kept = next((s for s in self.state.values() if "generator" in s), None)
-        if kept is not None:
-            self._generator.set_state(kept["generator"].cpu())
-            draw = float(kept["draw"])
-            self._drawn = None if draw != draw else draw
+        if self._draws.load(self.state.values()):
             self._index_pairs()
 
     def _check_group(self, g: dict[str, Any]) -> None:
@@ -379,17 +362,14 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
 
     def _note_params(self) -> None:
         nests.check_pairs(self._sides)
-        self._nests = nests.nests(self._sides, self._drawn)
+        self._nests = nests.nests(self._sides, self._draws.last)
         for side in self._sides:
             side.kind = self._nests[side.pair].row_rates(side.name)
         super()._note_params()
+        masked = [MaskedPair(nest.pair, nest.ranks, nest.group) for nest in self._nests.values() if nest.masked]
         before: SampleMasks | None = self.__dict__.get("_masks")
-        enabled = before is None or before.enabled
-        if before is not None:
-            before.remove()
-        self._masks = SampleMasks([nest for nest in self._nests.values() if nest.masked], enabled)
-        self._masks.attach()
-        self._masks.arm(self._drawn, int(max((cadence_of(s)[0] for s in self.state.values()), default=0)))
+        self._masks = SampleMasks(masked, "warmup_steps", before)
+        self._masks.arm(self._draws.last, steps_taken(self.state.values()))
         self._entered: weakref.WeakSet[Bucket] = weakref.WeakSet()
 
     def _release(self) -> None:
