@@ -98,7 +98,7 @@ def worker(rank, store, results):
             if rank == 1 and name == "nuclear":
                 for key, p in model.named_parameters():
                     p.requires_grad_(p.requires_grad).data.mul_(2.0 if "lora_A" in key else 1.0)
-            optimizer = GoRAInit(model, **{**SMALL, **kwargs})
+            optimizer = published(model, **{**SMALL, **kwargs})
             train(optimizer, model, slice(2 * rank, 2 * rank + 2))
             results[name, rank] = (optimizer.plan, models.snapshot(model))
     finally:

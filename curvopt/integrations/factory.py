@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from curvopt import GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
 from curvopt.integrations.options import parse_options
-from curvopt.optim.grit.settings import complete
+from curvopt.optim.grit.settings import ADVANCED, complete
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def without_hooks(options: Mapping[str, Any], optimizer: Callable[..., Any], rea
     parameters = inspect.signature(optimizer).parameters
     deciding = ("statistics", "update", "reproject_every", "rank_threshold")
     if "statistics" not in said and parameters.keys() >= set(deciding):
-        group = {name: said.get(name, parameters[name].default) for name in deciding}
+        group = {**ADVANCED, **{name: parameters[name].default for name in deciding}, **said}
         complete(group)
         if group["statistics"] == "activation":
             log.warning('%s: hooks on lora_A would see nothing, so statistics="gradient" is used', reason)

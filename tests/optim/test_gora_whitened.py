@@ -113,7 +113,7 @@ def test_layers_of_one_role_share_a_budget():
 
 
 def test_the_published_recipe():
-    model, loss = build("llama", use_rslora=True)
+    model, loss = build("llama", use_rslora=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     optimizer = GoRAInit.paper(model, delegate_lr=1e-4, calibration_steps=2, max_rank=16)
     g = optimizer.param_groups[0]
     assert (g["rank"], g["allocation"], g["keep_scaling"], g["start"]) == (8, "paper", False, "gora")

@@ -205,7 +205,10 @@ def test_without_statistics_nothing_is_watched_or_kept():
     assert optimizer.diagnostics()["pairs"]["first"]["statistics"] == "none"
 
 
-@pytest.mark.parametrize("wrong", [{"update": "eigen"}, {"update": "adam"}, {"reproject_every": 5}], ids=str)
+WITHOUT = [{"update": "eigen"}, {"update": "adam"}, {"reproject_every": 5, "reprojection": "paper"}]
+
+
+@pytest.mark.parametrize("wrong", WITHOUT, ids=str)
 def test_without_statistics_what_needs_a_factor_is_refused(wrong):
     with pytest.raises(ValueError, match=f'{next(iter(wrong))} must be .*statistics="none"'):
         rank_side(models.mlp(), statistics="none", **wrong)
