@@ -168,6 +168,7 @@ def ladders(runs: Runs) -> None:
 
 def _gains(axis: Any, runs: Runs, part: str, rungs: Sequence[str]) -> None:
     shown = [("GritKFAC", 1.0), ("GritKFAC", 0.7), ("GritKFAC (0.9, 0.999)", 1.0), ("Muon", 1.0), ("LoRA-Muon", 1.0)]
+    bounds = [0.0]
     for name, horizon in shown:
         label = name if horizon == 1 else f"{name}, {horizon:g} of the steps"
         here = [task for task in rungs if name in runs.optimizers(task) and runs.best(task, name, horizon)]
@@ -175,11 +176,13 @@ def _gains(axis: Any, runs: Runs, part: str, rungs: Sequence[str]) -> None:
             continue
         found = [interval(runs.difference(task, name, "valid", horizon, "AdamW, tuned betas")) for task in here]
         mean, half = zip(*found, strict=True)
+        if name == "GritKFAC":  # what diverges leaves the picture
+            bounds += [m + s * h for m, h in found for s in (-1, 1)]
         x = [rungs.index(task) for task in here]
         axis.errorbar(x, mean, half, color=COLOURS[label], marker="o", ms=4, capsize=3, label=label)
     axis.axhline(0, color=COLOURS[BASE], lw=1)
     axis.set_xticks(range(len(rungs)), [task.removeprefix("headers, ") for task in rungs], fontsize=8)
-    axis.set(title=f"ladder of {part}", ylabel="Δ validation loss")
+    axis.set(title=f"ladder of {part}", ylabel="Δ validation loss", ylim=(min(bounds) - 0.01, max(bounds) + 0.01))
 
 
 def growth() -> None:
