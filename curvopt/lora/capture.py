@@ -28,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from curvopt.distributed import is_sharded, world_size
 from curvopt.functional import compute_dtype
-from curvopt.lora.hooks import Arrival, Watch, continues, on_arrival
+from curvopt.lora.hooks import Arrival, PairHooks, Watch, continues, on_arrival
 from curvopt.lora.pair import LoraPair
 from curvopt.ops import Ops, on_device
 
@@ -175,11 +175,9 @@ class Capture:
         self._places: dict[LoraPair, tuple[Store, int]] = {}
         self._waiting: list[_Product] = []
         self._waiting_bytes = 0
-        self._hooked: dict[LoraPair, tuple[Any, ...]] = {}
-        self._handles: dict[LoraPair, list[Any]] = {}
+        self._hooks = PairHooks()
         self._many = world_size() > 1
         self._warned = False
-        weakref.finalize(self, _remove_all, self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
         # Handles and weak references belong to the live model; a copy starts unattached and empty.
@@ -198,9 +196,9 @@ class Capture:
         for pair, record in self._records.items():
             module = pair.signal
             now: tuple[Any, ...] = () if module is None else (module, pair.A, pair.B)
-            if all(a is b() for a, b in zip(now, self._hooked.get(pair, ()), strict=False)) and pair in self._hooked:
+            if self._hooks.stand_on(pair, now):
                 continue
-            self._unhook(pair)
+            self._hooks.remove(pair)
             if module is None:
                 continue
             me, mine = weakref.ref(self), weakref.ref(record)
@@ -208,22 +206,16 @@ class Capture:
             record.at_once = self._at_once or any(is_sharded(p) or not p.is_leaf for p in now[1:])
             if not record.at_once:
                 handles += [on_arrival(p, Arrival(me, mine, p is now[1])) for p in now[1:]]
-            self._hooked[pair], self._handles[pair] = tuple(map(weakref.ref, now)), handles
+            self._hooks.put(pair, now, handles)
 
     @property
     def attached(self) -> bool:
         """Whether any hook is on."""
-        return bool(self._handles)
+        return bool(self._hooks)
 
     def remove(self) -> None:
         """Remove the hooks. The sums are kept until `pop` or `discard`."""
-        for pair in list(self._hooked):
-            self._unhook(pair)
-
-    def _unhook(self, pair: LoraPair) -> None:
-        for handle in self._handles.pop(pair, ()):
-            handle.remove()
-        self._hooked.pop(pair, None)
+        self._hooks.remove_all()
 
     def adopt(self, other: Capture) -> None:
         """Take over what another capture has counted, and expects, for the same pairs or parameters.
@@ -376,7 +368,7 @@ class Capture:
 
     def _trains_A(self, record: _Record) -> bool:
         """Whether the A that hooks were put on requires a gradient; to ask the pair is to look it up in the model."""
-        A = self._hooked[record.pair][1]()
+        A = self._hooks.thing(record.pair, 1)
         return A is not None and bool(A.requires_grad)
 
     def _count(self, record: _Record) -> None:
@@ -466,12 +458,6 @@ class _Product:
     z: Tensor
     mask: Tensor | None
     sign: float
-
-
-def _remove_all(handles: dict[LoraPair, list[Any]]) -> None:
-    for own in handles.values():
-        for handle in own:
-            handle.remove()
 
 
 class _Hook(Watch):

@@ -8,6 +8,8 @@ between, has another version.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +33,48 @@ class Watch:
     def alive(self) -> tuple[Any, Any]:
         """Return the owner and the record; None for what is gone."""
         return (None, None) if self._owner is None else (self._owner(), self._record())
+
+
+class PairHooks:
+    """Which hooks stand for each pair, and on which objects; they are removed with this object at the latest."""
+
+    def __init__(self) -> None:
+        self._on: dict[Any, tuple[Any, ...]] = {}
+        self._handles: dict[Any, list[RemovableHandle]] = {}
+        weakref.finalize(self, _remove_all, self._handles)
+
+    def __bool__(self) -> bool:
+        return bool(self._handles)
+
+    def stand_on(self, pair: Any, things: Sequence[Any]) -> bool:
+        """Whether the hooks of a pair stand on these very objects."""
+        on = self._on.get(pair)
+        return on is not None and len(on) == len(things) and all(a is b() for a, b in zip(things, on, strict=True))
+
+    def thing(self, pair: Any, i: int) -> Any:
+        """Return the i-th object that the hooks of a pair stand on; None if it is gone."""
+        return self._on[pair][i]()
+
+    def put(self, pair: Any, things: Sequence[Any], handles: list[RemovableHandle]) -> None:
+        """Note the hooks of a pair, and the objects they stand on."""
+        self._on[pair], self._handles[pair] = tuple(map(weakref.ref, things)), handles
+
+    def remove(self, pair: Any) -> None:
+        """Remove the hooks of a pair, if there are any."""
+        for handle in self._handles.pop(pair, ()):
+            handle.remove()
+        self._on.pop(pair, None)
+
+    def remove_all(self) -> None:
+        """Remove the hooks of all pairs."""
+        for pair in list(self._on):
+            self.remove(pair)
+
+
+def _remove_all(handles: dict[Any, list[RemovableHandle]]) -> None:
+    for own in handles.values():
+        for handle in own:
+            handle.remove()
 
 
 class Arrival(Watch):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from curvopt.distributed import local, process_index, world_size
 from curvopt.functional.nested import powers_of_two, stratified_ranks
 from curvopt.lora import LoraPair
+from curvopt.lora.hooks import PairHooks, Watch
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, cadence_of
 from curvopt.optim.checking import check, is_number, is_whole
@@ -189,13 +190,11 @@ class SampleMasks:
             before.remove()
         self._warmup = warmup
         self._records = {nest.pair: _Record(nest) for nest in nests}
-        self._hooked: dict[LoraPair, tuple[Any, ...]] = {}
-        self._handles: dict[LoraPair, list[Any]] = {}
+        self._hooks = PairHooks()
         self._draw: float | None = None
         self._steps = 0
         self._made: dict[tuple[Any, ...], Tensor] = {}
         self._warned = False
-        weakref.finalize(self, _remove_all, self._handles)
         self.attach()
 
     def attach(self) -> None:
@@ -203,31 +202,26 @@ class SampleMasks:
         for pair, record in self._records.items() if self.enabled else ():
             counted = pair.A if pair.a_trainable else pair.B
             now = (pair.signal, counted)
-            if pair in self._hooked and all(a is b() for a, b in zip(now, self._hooked[pair], strict=True)):
+            if self._hooks.stand_on(pair, now):
                 continue
-            self._unhook(pair)
+            self._hooks.remove(pair)
             assert now[0] is not None, "checked by `check_maskable`"
-            hooks = [now[0].register_forward_hook(_Mask(weakref.ref(self), weakref.ref(record)))]
+            me, mine = weakref.ref(self), weakref.ref(record)
+            handles = [now[0].register_forward_hook(_Mask(me, mine))]
             if counted.requires_grad:
-                hooks.append(counted.register_post_accumulate_grad_hook(_Arrival(None, weakref.ref(record))))
-            self._handles[pair], self._hooked[pair] = hooks, tuple(map(weakref.ref, now))
+                handles.append(counted.register_post_accumulate_grad_hook(_Arrival(me, mine)))
+            self._hooks.put(pair, now, handles)
             record.counted = weakref.ref(counted)
 
     @property
     def attached(self) -> bool:
         """Whether any hook is on."""
-        return bool(self._handles)
+        return bool(self._hooks)
 
     def remove(self) -> None:
         """Remove the hooks permanently."""
         self.enabled = False
-        for pair in list(self._hooked):
-            self._unhook(pair)
-
-    def _unhook(self, pair: LoraPair) -> None:
-        for handle in self._handles.pop(pair, ()):
-            handle.remove()
-        self._hooked.pop(pair, None)
+        self._hooks.remove_all()
 
     @property
     def pairs(self) -> list[MaskedPair]:
@@ -318,36 +312,20 @@ def _moves(pair: LoraPair) -> bool:
     return any(p.grad is not None and bool(local(p.grad).any()) for p in (pair.A, pair.B))
 
 
-def _remove_all(handles: dict[LoraPair, list[Any]]) -> None:
-    for own in handles.values():
-        for handle in own:
-            handle.remove()
-
-
-class _Watch:
-    """What stands on the model: weak references only, and nothing at all once copied or pickled."""
-
-    def __init__(self, masks: Any = None, record: Any = None) -> None:
-        self._masks, self._record = masks, record
-
-    def __reduce__(self) -> tuple[type["_Watch"], tuple[()]]:
-        return type(self), ()
-
-
-class _Mask(_Watch):
+class _Mask(Watch):
     """Stands on the module that computes u; acts in training mode alone, as dropout does."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not module.training or self._masks is None or not isinstance(output, Tensor):
+        if not module.training or not isinstance(output, Tensor):
             return None
-        masks, record = self._masks(), self._record()
+        masks, record = self.alive()
         return None if masks is None or record is None else masks.apply(record, output)
 
 
-class _Arrival(_Watch):
+class _Arrival(Watch):
     """Stands on A (on B where A is frozen): its gradient has been added to ``.grad``."""
 
     def __call__(self, param: Tensor) -> None:
-        record = None if self._record is None else self._record()
+        _, record = self.alive()
         if record is not None:
             record.arrived += 1
