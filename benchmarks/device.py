@@ -10,7 +10,9 @@ Needs torch, triton and pytest, no network; matplotlib for the plot, pytorch_opt
 - ``tests``: tests/kernels on the device;
 - ``ops``: every op beside the reference and plain torch, with the rate of a copy;
 - ``plans``: a step of `UpdatePlan` on the adapters of three models, its host time and as a CUDA graph;
-- ``steps``: a step of the optimizers on the same adapters, eager (wall, host) and as a CUDA graph;
+- ``launches``: what each kernel of a step takes, by torch's profiler, with the rate of a copy;
+- ``steps``: a step of the optimizers on the same adapters, eager (wall, host) and as a CUDA graph: steps in a row, and
+  each after a forward and backward of its own, which leave new gradients and little else in the host's caches;
 - ``training``: whole training steps of eight layers of Llama-3-8B width, with and without reading the loss;
 - ``cold``: the first step with an empty cache of compiled kernels;
 - ``heavy``: SOAP, Shampoo, Distributed Shampoo at sizes they can bear;
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +40,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
 import op_times
@@ -50,7 +53,8 @@ ROOT = Path(__file__).parents[1]
 LR = 1e-4
 # sizes: ranks, models, ranks with all contestants, repetitions, pairs and width of ops, tokens, layers of training
 FULL: dict[str, Any] = {
-    "ranks": (8, 16, 64, 128), "models": MODELS, "all": (16,), "steps": 12, "L": 224, "d": 4096, "tokens": 16384,
+    "ranks": (16, 8, 64, 128), "models": dict(reversed(MODELS.items())), "all": (16,),
+    "steps": 12, "L": 224, "d": 4096, "tokens": 16384,
     "hidden": (4096, 14336, 1024), "layers": 8, "length": 4096, "heavy": gated(1, 896, 4864, 128),
 }  # fmt: skip
 TINY: dict[str, Any] = {
@@ -73,7 +77,9 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.dry: bool = args.dry_run
         self.device = "cpu" if self.dry else "cuda"
-        self.sizes = TINY if self.dry else FULL
+        self.sizes = dict(TINY if self.dry else FULL)
+        if args.ranks is not None:
+            self.sizes["ranks"] = tuple(args.ranks)
         self.out: Path = args.out
         self.end = time.monotonic() + args.seconds
 
@@ -149,12 +155,14 @@ class Adapters(nn.Module):
 
     def observe(self) -> None:
         """Send a few rows forward and a gradient back through every pair, as a training step does."""
+        for p in self.parameters():
+            p.grad = None
         x = {
             p.lora_A.in_features: torch.randn(8, p.lora_A.in_features, device=p.lora_A.weight.device)
             for p in self.pairs
         }
         losses = [pair(x[pair.lora_A.in_features]).square().mean() for pair in self.pairs]
-        torch.stack(losses).sum().backward()  # adds to the gradients where they are
+        torch.stack(losses).sum().backward()
 
 
 Factory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -166,16 +174,17 @@ def contestants(run: Run, everybody: bool) -> dict[str, Factory]:
     capturable = {"capturable": True} if run.device == "cuda" else {}
     found: dict[str, Factory] = {
         "AdamW fused": lambda m: torch.optim.AdamW(trainable(m), lr=LR, fused=True, **capturable),
-        "GritKFAC polar": lambda m: GritKFAC(m, lr=LR, update="polar", **capturable),
-        "GritKFAC eigen": lambda m: GritKFAC(m, lr=LR, update="eigen", **capturable),
+        "GritKFAC": lambda m: GritKFAC(m, lr=LR, **capturable),
+        "GritKFAC(outer_rank=0)": lambda m: GritKFAC(m, lr=LR, outer_rank=0, **capturable),
+        "GritKFAC(eigen, outer_rank=0)": lambda m: GritKFAC(m, lr=LR, update="eigen", outer_rank=0, **capturable),
+        "MatryoshkaScaledAdam": lambda m: MatryoshkaScaledAdam(m, lr=LR),
     }
     if everybody:
         found["AdamW foreach"] = lambda m: torch.optim.AdamW(trainable(m), lr=LR, foreach=True, **capturable)
         for rule in ("adam", "whiten", "momentum"):
-            found[f"GritKFAC {rule}"] = lambda m, rule=rule: GritKFAC(m, lr=LR, update=rule, **capturable)
-        found["GritKFAC polar, gradient"] = lambda m: GritKFAC(m, lr=LR, statistics="gradient", **capturable)
-        found["GritKFAC polar, torch"] = lambda m: GritKFAC(m, lr=LR, backend="torch", **capturable)
-        found["MatryoshkaScaledAdam"] = lambda m: MatryoshkaScaledAdam(m, lr=LR)
+            found[f"GritKFAC({rule})"] = lambda m, rule=rule: GritKFAC(m, lr=LR, update=rule, **capturable)
+        found["GritKFAC(statistics=gradient)"] = lambda m: GritKFAC(m, lr=LR, statistics="gradient", **capturable)
+        found["GritKFAC(backend=torch)"] = lambda m: GritKFAC(m, lr=LR, backend="torch", **capturable)
     return found
 
 
@@ -219,24 +228,26 @@ def graph_ms(run: Run, step: Callable[[], Any], steps: int) -> Row:
 
 def tests(run: Run) -> Iterator[Row]:
     """Run tests/kernels; compiling for other targets needs no device and is left out."""
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") and not run.dry else []
+    parallel = ["-n", "12"] if importlib.util.find_spec("xdist") and not run.dry else []
     what = (
         ["tests/kernels/test_launch.py", "-k", "tiling"]
         if run.dry
         else ["tests/kernels", "--ignore=tests/kernels/test_compiled.py"]
     )
-    command = [sys.executable, "-m", "pytest", *what, *parallel, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *what, *parallel, "--tb=short", "-rf", "-p", "no:cacheprovider"]
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
         try:
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=120, check=False)
+            subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=log, timeout=max(30.0, min(120.0, run.left)), check=False
+            )
             ended = "ended"
         except subprocess.TimeoutExpired:
             ended = "cut off"
         log.seek(0)
         text = log.read()
-    (run.out / "device_tests.txt").write_text(text[-20000:], encoding="utf-8")
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
+    (run.out / "device_tests.txt").write_text(text[-100000:], encoding="utf-8")
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", text)}
     yield {
         "ended": ended,
         "seconds": time.monotonic() - start,
@@ -308,26 +319,72 @@ def plans(run: Run) -> Iterator[Row]:
         del plan, given, grads, step
 
 
+def moved(kernel: str, seen: Container[str]) -> int:
+    """Return the bytes of float32 that each number of an adapter makes a kernel move, beside what ``seen`` names.
+
+    With outer factors, as many directions of them as ranks.
+    """
+    basis = 8 if "_products" in seen else 0
+    if kernel == "_update":
+        return 12 if "_advance" in seen else 28 + basis
+    return {"_nonfinite": 4, "_products": 8, "_advance": 24 + basis}.get(kernel, 0)
+
+
+def launches(run: Run) -> Iterator[Row]:
+    """What the device is busy with in a step, kernel by kernel: medians of five steps."""
+    model = "Llama-3-8B" if not run.dry else "tiny"
+    _, rate = _copy(run)
+    ranks: tuple[int, ...] = run.sizes["ranks"]
+    for r, (name, make) in ((n, c) for n in ranks for c in contestants(run, n in run.sizes["all"]).items()):
+        if run.left < 0 or name == "GritKFAC(backend=torch)":
+            continue
+        torch.manual_seed(0)
+        adapters = Adapters(run.sizes["models"][model], r, run.device)
+        optimizer, numbers = make(adapters), sum(p.numel() for p in adapters.parameters())
+        before = adapters.observe if "GritKFAC" in name else lambda: None
+        for _ in range(2):
+            before(), optimizer.step()
+        spent: dict[str, list[float]] = {}
+        for _ in range(5):
+            before(), run.wait()
+            with profile(activities=[ProfilerActivity.CPU if run.dry else ProfilerActivity.CUDA]) as seen:
+                optimizer.step()
+                run.wait()
+            for event in seen.key_averages():
+                if event.self_device_time_total > 0 or run.dry:
+                    spent.setdefault(event.key[:80], []).append(event.self_device_time_total)
+        for kernel, times in sorted(spent.items(), key=lambda item: -statistics.median(item[1])):
+            us = statistics.median(times)
+            least = moved(kernel, spent) * numbers / rate
+            share = least / (1e-6 * us) if least and r == 16 and us else ""
+            yield {"r": r, "optimizer": name, "kernel": kernel, "us": us, "share_of_copy": share}
+        del adapters, optimizer, before
+        gc.collect()
+
+
 def steps(run: Run) -> Iterator[Row]:
-    """A step of each optimizer on the adapters of each model; observing is not timed."""
+    """A step of each optimizer on the adapters of each model."""
     for r, model in ((r, model) for r in run.sizes["ranks"] for model in run.sizes["models"]):
-        base = None
-        for name, make in contestants(run, r in run.sizes["all"]).items():
+        base: Row = {}
+        everybody = r in run.sizes["all"] and model == next(iter(run.sizes["models"]))
+        for name, make in contestants(run, everybody).items():
             if run.left < 0:
                 return
             torch.manual_seed(0)
             adapters = Adapters(run.sizes["models"][model], r, run.device)
             optimizer = make(adapters)
-            before = adapters.observe if "GritKFAC" in name and "gradient" not in name else None
-            first = milliseconds(run, before, optimizer.step, 1)["wall_ms"]
-            milliseconds(run, before, optimizer.step, 2)
-            row = milliseconds(run, before, optimizer.step, run.sizes["steps"])
-            base = base or row["wall_ms"]
-            graph = graph_ms(run, optimizer.step, run.sizes["steps"])
-            yield {
-                "model": model, "r": r, "optimizer": name, "first_ms": first, **row,
-                "ratio": row["wall_ms"] / base, **graph,
-            }  # fmt: skip
+            adapters.observe()
+            row = {"first_ms": milliseconds(run, None, optimizer.step, 1)["wall_ms"]}
+            for prefix, before in (("after_", adapters.observe), ("", None)):
+                milliseconds(run, before, optimizer.step, 2)
+                times = milliseconds(run, before, optimizer.step, run.sizes["steps"])
+                row |= {prefix + key: value for key, value in times.items()}
+            row |= graph_ms(run, optimizer.step, run.sizes["steps"])
+            base = base or row
+            for key in ("wall_ms", "after_wall_ms", "graph_ms"):
+                if row[key] != "":
+                    row["ratio_" + key.removesuffix("_ms")] = row[key] / base[key]
+            yield {"model": model, "r": r, "optimizer": name, **row}
             del adapters, optimizer, before
             gc.collect()
 
@@ -373,7 +430,7 @@ def cold(run: Run) -> Iterator[Row]:
         program = (
             f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
             "import argparse, device\nfrom pathlib import Path\n"
-            f"run = device.Run(argparse.Namespace(dry_run={run.dry}, out=Path('.'), seconds=60))\n"
+            f"run = device.Run(argparse.Namespace(dry_run={run.dry}, out=Path('.'), seconds=60, ranks=None))\n"
             "m = device.Adapters(device.gated(1, 896, 4864, 128), 16, run.device)\n"
             f"o = device.GritKFAC(m, lr=1e-4, update={rule!r})\n"
             "print(*(device.milliseconds(run, m.observe, o.step, 1)['wall_ms'] for _ in range(2)))\n"
@@ -426,21 +483,19 @@ def sweep(run: Run) -> Iterator[Row]:
         return
     from curvopt.kernels import launch
 
-    for (op, rp), alternatives in launch.ALTERNATIVES.items():
+    asked = {key: value for key, value in launch.ALTERNATIVES.items() if key[1] in run.sizes["ranks"]}
+    for (op, rp), alternatives in asked.items():
         for n, config in enumerate((launch.config(op, rp), *alternatives)):
             if run.left < 0:
                 return
             with mock.patch.dict(launch.TABLE, {(op, rp): config}):
-                given = op_times.bucket([(112, 4096, 1), (112, 4096, 2), (112, 14336, 1), (112, 14336, 2)], rp, "cuda")
-                plan, found = op_times.planned("polar", given), torch.zeros((), device="cuda")
-                row = graph_ms(run, lambda plan=plan, found=found: plan.step(found), run.sizes["steps"])
+                row = graph_ms(run, op_times.whole_step(run.sizes["L"], rp, 16, run.device), run.sizes["steps"])
             text = ", ".join(f"{k}={v}" for k, v in vars(config).items() if k != "stack")
             yield {"kernel": op, "r": rp, "shipped": int(n == 0), "config": text, **row}
-            del plan, given
 
 
 PARTS: dict[str, Callable[[Run], Iterator[Row]]] = {
-    part.__name__: part for part in (ops, plans, steps, sweep, training, cold, heavy, tests)
+    part.__name__: part for part in (launches, steps, ops, plans, sweep, training, cold, heavy, tests)
 }
 
 
@@ -486,6 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts and write what they found; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--ranks", type=int, nargs="+", help="8, 16, 64 and 128 by default")
     parser.add_argument("--seconds", type=float, default=285.0, help="when to start nothing more")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, nothing worth reading")

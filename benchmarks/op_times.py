@@ -102,6 +102,28 @@ def whole(L: int, r: int, d: int, device: str) -> Iterator[Work]:
     yield "transform_ params", "torch", 8 * numbers, lambda: both.__setitem__(0, (M[:L] @ m[0], m[1] @ M[L:].mT))
 
 
+def whole_step(L: int, r: int, k: int, device: str) -> Callable[[], Any]:
+    """Return the default step of 2 L matrices with outer factors: products, map, "polar"."""
+    shapes = [(L // 2, d, side) for d in (4096, 14336) for side in (1, 2)]
+    given, none = bucket(shapes, r, device), torch.zeros((), device=device)
+    for s in given:
+        d = s.exp_avg.shape[3 - s.rank_dim]
+        V = cosine_rows(k, d).float().to(device).expand(L // 2, k, d)
+        s.basis, s.matrix = (V if s.rank_dim == 1 else V.mT).contiguous(), None
+    width = torch.cat([torch.full((L // 2,), float(s.exp_avg.shape[3 - s.rank_dim])) for s in given]).to(device)
+    mu = torch.ones(2 * L, k, device=device)
+    trace, plan = mu.sum(1) + 1, planned("polar", given)
+    kept = [given]  # a plan has addresses alone
+
+    def step() -> None:
+        assert kept
+        M, _, _ = kernels.OPS["outer_map"](plan.outer_products(), mu, trace, width, 0.95, 0.1, none)
+        plan.take_outer(M)
+        plan.step(none)
+
+    return step
+
+
 def outer(L: int, r: int, k: int, d: int, device: str) -> Iterator[Work]:
     """The outer factors of all pairs, k directions each: products, map, and a step through it under "polar"."""
     given, none = bucket([(L, d, 1), (L, d, 2)], r, device), torch.zeros((), device=device)

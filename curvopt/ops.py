@@ -8,6 +8,7 @@ in a process. An op that fails the check is logged, listed in ``fallbacks``, and
 The update of a bucket is a *plan*, made once by `Ops.plan`; small r×r ops are chosen at each call.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args
@@ -116,6 +117,7 @@ def on_device(sample: Tensor) -> bool:
     return sample.is_cuda
 
 
+@functools.cache
 def _kernels() -> Any:
     """Import the kernels when they are first needed: triton is heavy, and optional."""
     return importlib.import_module("curvopt.kernels")

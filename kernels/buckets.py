@@ -53,6 +53,7 @@ def _same(number: float | Tensor) -> tuple[bool, float]:
 
 def _fits(rule: str, s: Any, device: torch.device) -> bool:
     r, L = s.exp_avg.shape[s.rank_dim], len(s.params)
+    widest = max(r, s.basis.shape[s.rank_dim]) if has(s, "basis") else r
     small = [s.step, *([s.matrix] if has(s, "matrix") else [])]
     ranks = [s.k] if has(s, "k") else []
     bases = [s.basis] if has(s, "basis") else []
@@ -60,7 +61,7 @@ def _fits(rule: str, s: Any, device: torch.device) -> bool:
     return (
         not has(s, "reduce")  # pieces of matrices: their norms need the other processes
         and 0 < r <= launch.MAX_RANK
-        and launch.config("update", launch.padded(r, 16)) is not None
+        and launch.config("update", launch.padded(min(widest, launch.MAX_RANK), 16)) is not None
         and 0 < s.exp_avg[0].numel() < 2**31
         and s.exp_avg.dtype == s.exp_avg_sq.dtype
         and all(t.device == device for t in (s.exp_avg, *small, *ranks))

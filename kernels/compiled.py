@@ -108,23 +108,22 @@ def _eigenbasis(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
 
 
 def _update(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"tiles": I32, "fixed": I64, "gradients": I64, "meta": I32, "scalars": F32, "partials": F32}
-    variants = [(rule, rp, "fp32", "fp32", "fp32") for rule in MODES]
+    types = {"tiles": I32, "fixed": I64, "gradients": I64, "bases": I64, "maps": F32, "meta": I32, "scalars": F32}
+    types["partials"] = F32
+    variants = [(rule, rp, 0, "fp32", "fp32", "fp32") for rule in MODES]
     for rule in ("eigen", "polar"):
-        variants += [(rule, rp, "bf16", "fp32", "bf16"), (rule, 3 * rp // 4, "bf16", "bf16", "bf16")]
-    for rule, r, p, g, s in variants:
-        own = {
-            "MODE": MODES[rule].value,
-            "R": r,
-            "RP": rp,
-            "BD": c.block,
-            "NP": 512,
-            "PREC": c.precision,
-            "ALIGN": True,
-        }
+        variants += [(rule, rp, 0, "bf16", "fp32", "bf16"), (rule, 3 * rp // 4, 0, "bf16", "bf16", "bf16")]
+    # with outer factors: the larger of r and k is the padded rank; "polar" reads the gradient elsewhere
+    variants += [(rule, rp, 16, "fp32", "fp32", "fp32") for rule in ("adam", "eigen", "moments")]
+    variants += [("eigen", 16, rp, "fp32", "fp32", "fp32"), ("eigen", 3 * rp // 4, rp, "bf16", "bf16", "bf16")]
+    for rule, r, k, p, g, s in dict.fromkeys(variants):
+        own: dict[str, Any] = {"MODE": MODES[rule].value, "BD": c.block, "NP": 512, "PREC": c.precision, "ALIGN": True}
+        own |= _widths(r, k)
         own |= {"PT": TYPE_NAMES[p], "GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "HAS_M": True, "HAS_K": True}
         last = {"steps": "*" + p if rule == "polar" else F32}
-        yield Case(op, f"{rule} r={r} p={p} g={g} state={s}", update_tiles._update, types | last, own, c)
+        yield Case(
+            op, f"{rule} r={r}{f' k={k}' * (k > 0)} p={p} g={g} state={s}", update_tiles._update, types | last, own, c
+        )
     for of in ("params", "moments"):
         own = {"MOMENTS": of == "moments", "R": rp, "RP": rp, "BD": c.block, "XT": tl.float32, "PREC": c.precision}
         own |= {"HAS_M": True, "HAS_K": True, "ALIGN": True}
@@ -133,13 +132,24 @@ def _update(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
 
 
 def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
-    types = {"parts": I32, "fixed": I64, "gradients": I64, "meta": I32, "scalars": F32}
-    variants = (("fp32",) * 4, ("bf16", "fp32", "bf16", "bf16"), ("bf16",) * 4, ("fp16", "fp16", "fp16", "fp32"))
-    for n, (p, g, s, u) in enumerate(variants):
-        r = rp if n % 2 == 0 else 3 * rp // 4
-        own = {"T": c.group, "R": r, "RP": rp, "BD": c.block, "UB": 64, "ALIGN": True, "GRAM": c.gram or c.precision}
-        own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_K": True}
-        yield Case(op, f"r={r} p={p} g={g} state={s}", polar._advance, types | {"steps": "*" + u, "grams": F32}, own, c)
+    types = {"parts": I32, "fixed": I64, "gradients": I64, "bases": I64, "maps": F32, "meta": I32, "scalars": F32}
+    own: dict[str, Any]
+    variants = [(rp if n % 2 == 0 else 3 * rp // 4, k, *dtypes) for k in (0, 16) for n, dtypes in enumerate(
+        (("fp32",) * 4, ("bf16", "fp32", "bf16", "bf16"), ("bf16",) * 4, ("fp16", "fp16", "fp16", "fp32"))
+    )]  # fmt: skip
+    # with outer factors: the larger of r and k is the padded rank
+    variants += [(16, rp, *("fp32",) * 4), (rp, rp, *("fp32",) * 4)]
+    for r, k, p, g, s, u in dict.fromkeys(variants):
+        own = {"T": c.group, "BD": c.block, "UB": 64, "ALIGN": True, "PREC": c.precision, "GRAM": c.gram or c.precision}
+        own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_K": True, **_widths(r, k)}
+        yield Case(
+            op,
+            f"r={r}{f' k={k}' * (k > 0)} p={p} g={g} state={s}",
+            polar._advance,
+            types | {"steps": "*" + u, "grams": F32},
+            own,
+            c,
+        )
     own = {"STRIDE": 1, "T": c.group, "R": rp, "RP": rp, "BD": c.block, "ALIGN": True}
     own |= {"PREC": c.gram or c.precision}
     for g in ("fp32", "bf16"):
@@ -147,16 +157,17 @@ def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
         yield Case(op, f"grams r={rp} {g}", whole._grams, given, own | {"XT": TYPE_NAMES[g]}, c)
 
 
+def _widths(r: int, k: int) -> dict[str, Any]:
+    return {"R": r, "K": k, "RP": launch.padded(r, 16), "KP": launch.padded(k, 16)}
+
+
 def _outer(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     # r and k: the larger of both is the padded rank
     for r, k, g, v in ((rp, 16, "fp32", "fp32"), (3 * rp // 4, rp, "bf16", "bf16"), (rp, rp, "fp32", "fp32")):
-        own: dict[str, Any] = {"R": r, "K": k, "RP": launch.padded(r, 16), "KP": launch.padded(k, 16), "BD": c.block}
-        own |= {"GT": TYPE_NAMES[g], "VT": TYPE_NAMES[v], "PREC": c.precision, "ALIGN": True}
-        label = f"r={r} k={k} g={g} V={v}"
-        given = {"parts": I32, "gradients": I64, "bases": I64, "meta": I32, "out": F32}
-        yield Case(op, f"products {label}", outer._products, given, own | {"T": c.group}, c)
-        given = {"tiles": I32, "gradients": I64, "bases": I64, "results": I64, "meta": I32, "maps": F32}
-        yield Case(op, f"precondition {label}", outer._precondition, given | {"found_inf": F32}, own, c)
+        own: dict[str, Any] = {**_widths(r, k), "BD": c.block}
+        own |= {"GT": TYPE_NAMES[g], "VT": TYPE_NAMES[v], "PREC": c.precision, "LOOK": True, "ALIGN": True}
+        given = {"parts": I32, "gradients": I64, "bases": I64, "meta": I32, "out": F32, "flag": F32}
+        yield Case(op, f"r={r} k={k} g={g} V={v}", outer._products, given, own | {"T": c.group}, c)
 
 
 def _outer_map(op: str, rp: int, c: launch.Config) -> Iterator[Case]:

@@ -65,29 +65,29 @@ TABLE: dict[tuple[str, int], Config] = {
     ("eigenbasis", 128): Config(warps=16, stack=320),
     # at 16 the products are few, and operands of matrix units take a quarter of the shared loads of multiply-adds
     ("update", 16): Config(block=64, warps=4, precision="tf32x3"),
-    ("update", 32): Config(block=32, warps=4),
-    ("update", 64): Config(block=64, warps=8, precision="tf32x3"),
-    ("update", 128): Config(block=32, warps=8, precision="tf32x3"),
+    ("update", 32): Config(block=32, warps=4, precision="tf32x3"),
+    ("update", 64): Config(block=32, warps=4, precision="tf32x3"),
+    ("update", 128): Config(block=16, warps=8, precision="tf32x3", stack=32),
     # as many tiles a program that its Gram matrix, written and read, is at most one of the 37 bytes an element moves
     # few warps: operands of multiply-adds are loaded from shared memory once a warp, which was what held it up
-    ("polar", 16): Config(block=32, warps=1, group=8, gram="tf32x3"),
-    ("polar", 32): Config(block=32, warps=2, group=16, gram="tf32x3"),
-    ("polar", 64): Config(block=32, warps=8, group=16, precision="tf32x3"),
-    ("polar", 128): Config(block=32, warps=8, group=32, precision="tf32x3"),
+    ("polar", 16): Config(block=32, warps=2, group=8, precision="tf32x3"),
+    ("polar", 32): Config(block=32, warps=4, group=16, precision="tf32x3"),
+    ("polar", 64): Config(block=32, warps=4, group=16, precision="tf32x3", stack=32),
+    ("polar", 128): Config(block=16, warps=8, group=64, precision="tf32x3"),
     ("root", 16): Config(warps=2),
     ("root", 32): Config(warps=4),
     ("root", 64): Config(block=32, warps=8, precision="tf32x3"),
     # the stack at 128 (sm_80) is a few numbers kept across the products
     ("root", 128): Config(block=32, warps=16, precision="tf32x3", stack=48),
     # by the larger of r and k
-    ("outer", 16): Config(block=64, warps=2, group=8, precision="tf32x3"),
-    ("outer", 32): Config(block=32, warps=2, group=16, precision="tf32x3"),
-    ("outer", 64): Config(block=32, warps=8, group=16, precision="tf32x3"),
+    ("outer", 16): Config(block=32, warps=1, group=16, precision="tf32x3"),
+    ("outer", 32): Config(block=32, warps=2, group=16, precision="tf32x3", stack=32),
+    ("outer", 64): Config(block=32, warps=4, group=16, precision="tf32x3"),
     # the stack at 128 (r = 96, k = 128, 16-bit) holds what is kept across the products
     ("outer", 128): Config(block=16, warps=8, group=64, precision="tf32x3", stack=208),
     ("outer_map", 16): Config(warps=2),
     ("outer_map", 32): Config(warps=4),
-    ("outer_map", 64): Config(warps=8),
+    ("outer_map", 64): Config(warps=8, stack=32),
     # r alone reaches 128 there; the stack (sm_100) is a few numbers kept across the products
     ("outer_map", 128): Config(warps=16, stack=80),
     ("total", 0): Config(block=256, warps=2),
@@ -113,13 +113,15 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("update", 64, "sm_100"): Config(block=32, warps=8, precision="tf32x3"),
     # tf32x3 does not exist there; float32 matrix instructions do
     ("update", 16, "gfx942"): Config(block=64, warps=4),
+    ("update", 32, "gfx942"): Config(block=32, warps=4),
     ("update", 64, "gfx942"): Config(block=32, warps=4),
     ("update", 128, "gfx942"): Config(block=16, warps=8),
-    ("polar", 128, "sm_80"): Config(block=16, warps=8, group=64, precision="tf32x3"),
+    # with outer factors it spills, at k = 16 in the loop: right, and slower than need be
+    ("polar", 128, "sm_80"): Config(block=16, warps=8, group=64, precision="tf32x3", stack=384),
     ("polar", 16, "gfx942"): Config(block=64, warps=4, group=4),
     ("polar", 32, "gfx942"): Config(block=32, warps=4, group=16),
     ("polar", 64, "gfx942"): Config(block=32, warps=4, group=16),
-    ("polar", 128, "gfx942"): Config(block=16, warps=8, group=64),
+    ("polar", 128, "gfx942"): Config(block=16, warps=8, group=64, stack=672),
     ("outer", 16, "gfx942"): Config(block=64, warps=4, group=4),
     ("outer", 32, "gfx942"): Config(block=32, warps=4, group=16),
     ("outer", 64, "gfx942"): Config(block=32, warps=8, group=16),
@@ -137,31 +139,35 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
 # what else compiles for sm_90 without spilling and might be faster: for benchmarks to try, never launched otherwise
 ALTERNATIVES: dict[tuple[str, int], tuple[Config, ...]] = {
     ("polar", 16): (
-        Config(block=64, warps=4, group=4),
-        Config(block=64, warps=2, group=4),
-        Config(block=64, warps=2, group=4, gram="tf32x3"),
-        Config(block=32, warps=1, group=8),
-        Config(block=32, warps=1, group=16, gram="tf32x3"),
         Config(block=32, warps=1, group=8, precision="tf32x3"),
-    ),
-    ("polar", 32): (
-        Config(block=32, warps=4, group=16),
-        Config(block=32, warps=4, group=16, gram="tf32x3"),
-        Config(block=32, warps=2, group=16),
+        Config(block=16, warps=1, group=16, precision="tf32x3"),
+        Config(block=64, warps=4, group=8, precision="tf32x3"),
+        Config(block=32, warps=2, group=16, precision="tf32x3"),
     ),
     ("update", 16): (
-        Config(block=64, warps=4),
         Config(block=64, warps=2, precision="tf32x3"),
         Config(block=128, warps=4, precision="tf32x3"),
-        Config(block=32, warps=1, precision="tf32x3"),
-        Config(block=64, warps=2),
     ),
-    ("update", 32): (
-        Config(block=32, warps=4, precision="tf32x3"),
-        Config(block=32, warps=2),
-        Config(block=64, warps=4),
+    ("outer", 16): (
+        Config(block=32, warps=1, group=16, stages=3, precision="tf32x3"),
+        Config(block=32, warps=2, group=16, precision="tf32x3"),
+        Config(block=16, warps=1, group=32, precision="tf32x3"),
     ),
-    ("root", 16): (Config(warps=1), Config(warps=4)),
+    ("outer_map", 16): (Config(warps=1),),
+    ("polar", 64): (
+        Config(block=32, warps=2, group=16, precision="tf32x3"),
+        Config(block=16, warps=2, group=32, precision="tf32x3"),
+        Config(block=64, warps=4, group=8, precision="tf32x3"),
+    ),
+    ("update", 64): (
+        Config(block=32, warps=2, precision="tf32x3"),
+        Config(block=64, warps=4, precision="tf32x3"),
+    ),
+    ("outer", 64): (
+        Config(block=32, warps=2, group=16, precision="tf32x3"),
+        Config(block=32, warps=4, group=16, stages=2, precision="tf32x3"),
+    ),
+    ("root", 64): (Config(block=32, warps=4, precision="tf32x3"),),
 }
 
 
@@ -187,13 +193,38 @@ def shipped(op: str, rp: int) -> Config:
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Launch a kernel. Every launch of this package goes through here, so that it can be counted or left out.
 
+    Triton finds out at every call which compiled kernel fits the arguments, which takes the host ten times as long as
+    the launch itself. What it found is kept, by all that it looks at: constants, types, alignment, device.
+
     Args:
-        kernel: the jitted function.
+        kernel: the jitted function, whose compile-time arguments come last.
         grid: programs along each dimension.
         args: run-time arguments.
         constants: compile-time arguments, and ``num_warps`` and ``num_stages``.
     """
-    kernel[grid](*args, **constants)
+    if not _KEEPS:
+        kernel[grid](*args, **constants)
+        return
+    key = (id(kernel), _device(), *map(_kind, args), *constants.items())
+    found = _compiled.get(key)
+    if found is None:
+        made = kernel[grid](*args, **constants)
+        _compiled[key] = made, [constants[name] for name in kernel.arg_names[len(args) :]]
+    else:
+        made, rest = found
+        made[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+def _device() -> int:
+    """Return the number of the current device."""
+    return int(triton.runtime.driver.active.get_current_device())
+
+
+def _kind(x: Any) -> Any:
+    """Return what a kernel is compiled for of an argument."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    return float if isinstance(x, float) else x
 
 
 def runs_on(device: torch.device) -> bool:
@@ -220,6 +251,11 @@ def interpreting() -> bool:
 @triton.jit
 def _probe() -> None:
     pass
+
+
+# a compiled kernel is launched with its compile-time arguments too, as in these versions; host functions are no kernels
+_KEEPS = not interpreting() and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
 def here() -> str:

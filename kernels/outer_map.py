@@ -5,7 +5,7 @@ results, and one product after the other is read from there, with a barrier afte
 
     [H' | P'] = [G Gᵀ / t | G Vᵀ / √t];    HP = H' P';    Γ = D² + s (D X + X D) + s² P'ᵀ HP,   X = P'ᵀP'
     U = L₁⁻¹ of Γ = L₁ Δ L₁ᵀ  (in registers);    keep = Δ^(-1/2) U D,    take = s Δ^(-1/2) U P'ᵀ
-    P'' = H' takeᵀ + P' keepᵀ;    μ, ρ, c, w as the reference;    M = [c I + P'' w take | √t P'' w keep; take/√t | keep]
+    P'' = H' takeᵀ + P' keepᵀ;    μ, ρ, c, w as the reference;    M = [c I | √t P'' w; take/√t | keep]
 
 The triangular inverse is found by elimination without pivoting, of which Γ, positive definite, has no need: U grows in
 the place of the entries that are eliminated. A pivot that is not positive makes a root that is not finite, and the map
@@ -129,18 +129,11 @@ def _outer_map(
     rho = tl.maximum((1.0 - tl.sum(values, 0)) / few, 0.0)
     c = tl.sqrt((1.0 + lam) / (rho * d + lam))
     w = tl.sqrt((1.0 + lam) / (values * d + lam)) - c
-    tl.debug_barrier()
-    tl.store(M12 + ri * N + kj, fresh * w[None, :], mask=(ri < R) & (kj < K))
-    tl.debug_barrier()
-
-    upper = _times(tl.zeros([RP, RP], tl.float32), M12, N, 1, M21, N, 1, R, K, R, RP, KP, RP, PREC)
-    right = root * _times(tl.zeros([RP, KP], tl.float32), M12, N, 1, M22, N, 1, R, K, K, RP, KP, KP, PREC)
-    upper = tl.where(ri == rj, upper + c, upper)
     finite = tl.abs(total + tl.sum(values, 0)) < float("inf")
     good = finite & (total > 0) & (tl.load(found_inf).to(tl.float32) == 0)
     tl.debug_barrier()
-    tl.store(M11 + ri * N + rj, tl.where(good, upper, tl.where(ri == rj, 1.0, 0.0)), mask=(ri < R) & (rj < R))
-    tl.store(M12 + ri * N + kj, tl.where(good, right, 0.0), mask=(ri < R) & (kj < K))
+    tl.store(M11 + ri * N + rj, tl.where(ri == rj, tl.where(good, c, 1.0), 0.0), mask=(ri < R) & (rj < R))
+    tl.store(M12 + ri * N + kj, tl.where(good, root * fresh * w[None, :], 0.0), mask=(ri < R) & (kj < K))
     tl.store(M21 + ki * N + rj, tl.where(good, take / root, 0.0), mask=(ki < K) & (rj < R))
     tl.store(M22 + ki * N + kj, tl.where(good, keep, tl.where(ki == kj, 1.0, 0.0)), mask=(ki < K) & (kj < K))
     tl.store(new_mu + tensor * K + k, tl.where(good, values * t, old_mu), mask=k < K)

@@ -7,7 +7,7 @@ buffers on the device. A step then launches, whatever the number of matrices:
     polar      prepare, advance, (total,) equalise, update          momentum   prepare, moments, graft
     others     prepare, update
 
-and with outer factors one more, `outer._precondition`, whose results the rule reads in place of the gradients.
+With outer factors, the launch that reads the gradient takes what they make of it; see `outer`.
 
 An unchanged step uploads nothing: the learning rate and all other hyper-parameters are scalar arguments of `_prepare`,
 or read on the device where the rate is a tensor, and the table of gradients is uploaded when an address has changed.
@@ -59,13 +59,15 @@ class UpdatePlan:
         self._modes = MODES[rule]
         self._r = r = first.exp_avg.shape[first.rank_dim]
         self._rp = rp = launch.padded(r, 16)
+        k = first.basis.shape[first.rank_dim] if has(first, "basis") else 0
+        widest = max(rp, launch.padded(k, 16) if k else 0)
         self._device = device = first.exp_avg.device
         self._step = first.step
         self._dtypes = (first.params[0].dtype, first.grads[0].dtype, first.exp_avg.dtype)
         self._shapes = [s.exp_avg.shape[1:] for s in slabs for _ in s.params]
         self._numels = [math.prod(shape) for shape in self._shapes]
         self._count = len(self._shapes)
-        self._c = c = launch.shipped("update", rp)
+        self._c = c = launch.shipped("update", widest)
         self._lengths = tuple(s.exp_avg.shape[3 - s.rank_dim] for s in slabs for _ in s.params)
         tiles, starts = tables.tiling(self._lengths, c.block)
         counts = [-(-n // c.block) for n in self._lengths]
@@ -82,16 +84,19 @@ class UpdatePlan:
         self._has_k = any(fixed[4 :: FIXED.value])
         self._straight = all(a % 16 == 0 for n in range(3) for a in fixed[n :: FIXED.value])
         self._straight = self._straight and all(n % 16 == 0 for n in self._lengths)
+        self._outer = outer.Outer(slabs, self._meta) if k else None
+        self._products: Tensor | None = None
+        if self._outer is not None:
+            self._straight = self._straight and self._outer.straight
         self._scalars = torch.zeros(SCALARS.value, dtype=torch.float32, device=device)
         # where the gradients are
         self._addresses: list[int] = []
         self._gradients = self._scalars
         self._captured: list[Tensor] = []
         self._align = False
-        summing = self._summing = launch.shipped("polar", rp)
+        summing = self._summing = launch.shipped("polar", widest)
         self._group = min(summing.group, launch.padded(-(-max(self._lengths) // summing.block), 1))
         self._parts = polar.Parts(self._lengths, summing.block, self._group, r * r, device)
-        self._outer = outer.Outer(slabs, self._meta) if has(first, "basis") else None
         self._looks = launch.shipped("nonfinite", 0)
         runs = tables.tiling(tuple(self._numels), self._looks.block)[0]
         self._runs = tables.upload(runs, torch.int32, device)
@@ -123,6 +128,7 @@ class UpdatePlan:
         Raises:
             RuntimeError: the addresses have changed during a CUDA graph capture.
         """
+        self._products = None
         if len(grads) != self._count or not all(map(Tensor.is_contiguous, grads)):
             return False
         addresses = list(map(Tensor.data_ptr, grads))
@@ -142,6 +148,9 @@ class UpdatePlan:
 
     def nonfinite_(self, flag: Tensor) -> None:
         """Set ``flag``, 0-d float32, to one if any gradient is not finite; leave it else."""
+        if self._outer is not None:  # the pass that makes their products has to read the gradients anyway
+            self._products = self._outer.products(self._gradients, self._dtypes[1], self._align, flag)
+            return
         c = self._looks
         launch.run(
             whole._nonfinite, (len(self._runs) // 2,), self._runs, self._gradients, self._sizes, flag,
@@ -158,32 +167,31 @@ class UpdatePlan:
             *logs[0], *logs[1], 1.0 - float(h.beta1), float(h.beta2), 1.0 - float(h.beta2), float(h.eps),
             float(h.weight_decay), -1.0 if h.maximize else 1.0, LR_ON_DEVICE=lr_on_device, num_warps=1,
         )  # fmt: skip
-        read = (self._gradients, self._dtypes[1], self._align)
+        k, bases, maps = 0, self._gradients, self._scalars
         if self._outer is not None:
-            self._outer.precondition(*read, found_inf)
-            read = (self._outer.addresses, torch.float32, self._straight)
-        gradients, dtype, align = read
+            k, bases, maps = self._outer.k, self._outer.bases, self._outer.taken()
+        reads = (self._gradients, bases, maps)
+        widths = {"K": k, "KP": launch.padded(k, 16), "R": self._r, "RP": self._rp, "HAS_K": self._has_k}
+        dtypes = {"GT": launch.TYPES[self._dtypes[1]], "ST": launch.TYPES[self._dtypes[2]]}
         if self._modes == MODES["polar"]:
-            self._equalise(gradients, dtype, align)
-        c, types = self._c, [launch.TYPES[x] for x in (self._dtypes[0], dtype, self._dtypes[2])]
+            self._equalise(reads, widths | dtypes)
+        c = self._c
         for mode in self._modes:
             launch.run(
-                _update, (len(self._tiles) // 2,), self._tiles, self._fixed, gradients, self._meta,
+                _update, (len(self._tiles) // 2,), self._tiles, self._fixed, *reads, self._meta,
                 self._scalars, self._partials, self._steps,
-                MODE=mode.value, R=self._r, RP=self._rp, BD=c.block, NP=self._most,
-                PT=types[0], GT=types[1], ST=types[2], PREC=c.precision,
-                HAS_M=self._has_m, HAS_K=self._has_k, ALIGN=align, num_warps=c.warps, num_stages=c.stages,
+                MODE=mode.value, BD=c.block, NP=self._most, PT=launch.TYPES[self._dtypes[0]], PREC=c.precision,
+                HAS_M=self._has_m, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **widths, **dtypes,
             )  # fmt: skip
 
-    def _equalise(self, gradients: Tensor, dtype: torch.dtype, align: bool) -> None:
+    def _equalise(self, reads: tuple[Tensor, Tensor, Tensor], constants: dict[str, Any]) -> None:
         """Advance the moments, write u, and make the matrices that act on it."""
         parts, c, r = self._parts, self._summing, self._r
         launch.run(
-            polar._advance, (parts.count,), parts.table, self._fixed, gradients, self._meta, self._scalars,
+            polar._advance, (parts.count,), parts.table, self._fixed, *reads, self._meta, self._scalars,
             self._steps, self._grams,
-            T=self._group, R=r, RP=self._rp, BD=c.block, UB=self._c.block, GT=launch.TYPES[dtype],
-            ST=launch.TYPES[self._dtypes[2]], UT=launch.TYPES[self._steps.dtype], GRAM=c.gram or c.precision,
-            HAS_K=self._has_k, ALIGN=align, num_warps=c.warps, num_stages=c.stages,
+            T=self._group, BD=c.block, UB=self._c.block, UT=launch.TYPES[self._steps.dtype], PREC=c.precision,
+            GRAM=c.gram or c.precision, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **constants,
         )  # fmt: skip
         grams = parts.sums(self._grams, self._totals)
         count = self._coefficients.follow(self.damping)
@@ -213,10 +221,13 @@ class UpdatePlan:
 
     def outer_products(self) -> Tensor:
         """Return [∇∇ᵀ | ∇Vᵀ] ``[T, r, r + k]`` float32, rank first, V the basis of the outer factors."""
+        if self._products is not None:  # since the gradients were looked at
+            made, self._products = self._products, None
+            return made
         return self._outer_factors.products(self._gradients, self._dtypes[1], self._align)
 
     def take_outer(self, M: Tensor) -> None:
-        """Take the maps of [∇; V] in the next step, ``[T, r + k, r + k]``; see `curvopt.functional.outer`."""
+        """Take M ``[T, r + k, r + k]`` of `curvopt.functional.outer` in the next step."""
         self._outer_factors.take(M)
 
     @property

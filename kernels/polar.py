@@ -41,16 +41,20 @@ from .update_tiles import (
     SIDE_OF,
     SIGN,
     TILES,
+    _dot,
+    _gradient,
     _live_rank,
     _moments,
+    _outer_of,
+    _places,
 )
 
 
 @triton.jit
 def _part(
-    g_ptr, m_ptr, v_ptr, k, scalars, steps, gram, begin, D, width,
-    SIDE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr,
-    ST: tl.constexpr, UT: tl.constexpr, GRAM: tl.constexpr,
+    g_ptr, m_ptr, v_ptr, V, maps, k, scalars, steps, gram, begin, D, width,
+    SIDE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
     """Advance T tiles of a matrix from column ``begin`` on; write their u, rows ``width`` apart, and ``gram``."""
     # before the loop: loads are not moved out of it, since what it stores might be what they read
@@ -59,33 +63,25 @@ def _part(
     G = tl.zeros([RP, RP], tl.float32)
     for n in range(T):
         d0 = begin + n * BD
-        if SIDE == 1:
-            i, j = tl.arange(0, RP)[:, None], d0 + tl.arange(0, BD)[None, :]
-            at, to = i * D + j, i * width + j
-        else:
-            i, j = tl.arange(0, RP)[None, :], d0 + tl.arange(0, BD)[:, None]
-            at, to = j * R + i, j * R + i
-        inside = (i < R) & (j < D)
+        at, inside, i = _places(d0, D, SIDE, R, RP, BD)
+        to, _, _ = _places(d0, width, SIDE, R, RP, BD)
         alive = inside & (i < k)
-        z = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * sign
+        z = _gradient(g_ptr, V, maps, d0, D, SIDE, R, K, RP, KP, BD, ST, PREC) * sign
         z = tl.where(alive, z, 0.0)
         m, v = _moments(m_ptr, v_ptr, at, inside, alive, z, lerp, b2, rest2, ST)
         u = tl.where(alive, m / (tl.sqrt(v) * root + eps), 0.0)
         tl.store(steps + to, u.to(UT), mask=inside)
-        if SIDE == 1:
-            G = tl.dot(u, tl.trans(u), G, input_precision=GRAM)
-        else:
-            G = tl.dot(tl.trans(u), u, G, input_precision=GRAM)
+        G = _dot(tl.trans(u), u, G, GRAM)
     i, j = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
     tl.store(gram + i * R + j, G, mask=(i < R) & (j < R))
 
 
 @triton.jit
 def _advance(
-    parts, fixed, gradients, meta, scalars, steps, grams,
-    T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, UB: tl.constexpr,
-    GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, GRAM: tl.constexpr, HAS_K: tl.constexpr,
-    ALIGN: tl.constexpr,
+    parts, fixed, gradients, bases, maps, meta, scalars, steps, grams,
+    T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, UB: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr,
+    HAS_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Run `_part` for ``parts[pid]`` = (tensor, block of T tiles); tables as for `update_tiles._update`.
 
@@ -106,17 +102,20 @@ def _advance(
     if ALIGN:
         g_ptr, D = tl.multiple_of(g_ptr, 16), tl.multiple_of(D, 16)
         m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
+    V, map_ = _outer_of(bases, maps, tensor, R, K, ST, ALIGN)
     own = steps + tl.load(info + FIRST).to(tl.int64) * (R * UB)
     width = tl.load(info + TILES) * UB
     gram = grams + pid.to(tl.int64) * (R * R)
     if tl.load(scalars + LIVE) != 0:
         if tl.load(info + SIDE_OF) == 1:
             _part(
-                g_ptr, m_ptr, v_ptr, k, scalars, own, gram, begin, D, width, 1, T, R, RP, BD, ST, UT, GRAM,
+                g_ptr, m_ptr, v_ptr, V, map_, k, scalars, own, gram, begin, D, width,
+                1, T, R, RP, BD, K, KP, ST, UT, PREC, GRAM,
             )  # fmt: skip
         else:
             _part(
-                g_ptr, m_ptr, v_ptr, k, scalars, own, gram, begin, D, width, 2, T, R, RP, BD, ST, UT, GRAM,
+                g_ptr, m_ptr, v_ptr, V, map_, k, scalars, own, gram, begin, D, width,
+                2, T, R, RP, BD, K, KP, ST, UT, PREC, GRAM,
             )  # fmt: skip
 
 
@@ -127,9 +126,10 @@ def _total(grams, ranges, out, NP: tl.constexpr, RR: tl.constexpr, BLOCK: tl.con
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first, count = tl.load(ranges + 2 * tensor), tl.load(ranges + 2 * tensor + 1)
     total = tl.zeros([BLOCK], tl.float32)
-    for n in range(NP):
-        part = grams + (first + n).to(tl.int64) * RR
-        total += tl.load(part + e, mask=(e < RR) & (n < count), other=0.0)
+    few = tl.arange(0, 8)[:, None]  # at once, so that their loads do not wait for each other
+    for n in range(0, NP, 8):
+        part = grams + (first + n + few).to(tl.int64) * RR
+        total += tl.sum(tl.load(part + e[None, :], mask=(e < RR)[None, :] & (n + few < count), other=0.0), 0)
     tl.store(out + tensor.to(tl.int64) * RR + e, total, mask=e < RR)
 
 

@@ -8,7 +8,11 @@ with M₁, M₂ = P, I (ADAM); Qᵀ, Q (EIGEN); R, R (WHITEN). "momentum" takes 
 launch (MOMENTS) writes moments and partial norms, a second one (GRAFT), in which every tile adds its matrix' partials
 up in the same order, the parameters. ROWS is Adam with δ_i = −q_i (lr/c₁) m / (√v/√c₂ + ε/q_i) in direction i, q_i
 being MatryoshkaLoRA's diagonal. POLAR only takes p ← p (1 − lr·wd) + M δ here; M and δ are made by `polar` and `root`.
-In front runs one program that advances the step and computes what the tiles multiply with.
+In front runs one program that advances the step and computes what the tiles multiply with. With outer factors, what
+reads the gradient takes what `outer._mapped` makes of it.
+
+A tile is columns first, ``[BD, RP]``, whatever its storage: one way through for A and B, whose addresses alone differ,
+and products whose first dimension is the tile's.
 
 Hazards. Never autotune: the kernels work in place and a tuner replays them. Learning rates, steps and found_inf are
 read on the device. Matrices are addressed by int64 pointers, inside a matrix by int32. Pointers lose alignment, and
@@ -96,29 +100,62 @@ def _entries(M, i, j, TRANSPOSED: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _apply(
-    M, X, TRANSPOSED: tl.constexpr, SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr,
-    PREC: tl.constexpr,
-):  # fmt: skip
-    """Return M X (or Mᵀ X) on the rank side of a tile: from the left for A, from the right for B.
+def _dot(a, b, acc, PREC: tl.constexpr):
+    """Return acc + a b of float32 operands; "tf32x3" in three products of the 11 bits that matrix units take of each.
+
+    x = hi + lo: what is lost is lo lo and the end of lo, 2⁻²⁰ of a product. `tl.dot` offers the same, but sees to it
+    that infinities stay such, which takes a third of the instructions of a step; here they may become NaN.
+    """
+    if PREC == "tf32x3":
+        MASK: tl.constexpr = -8192  # without the last 13 of 23 bits
+        a_hi = (a.to(tl.int32, bitcast=True) & MASK).to(tl.float32, bitcast=True)
+        b_hi = (b.to(tl.int32, bitcast=True) & MASK).to(tl.float32, bitcast=True)
+        acc = tl.dot(a_hi, b - b_hi, acc, input_precision="tf32")
+        acc = tl.dot(a - a_hi, b_hi, acc, input_precision="tf32")
+        acc = tl.dot(a_hi, b_hi, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
+def _slice(d0, D, first, SIDE: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """Return the places ``[BD, C]`` of columns d0 and on of rows ``first`` and on of N, what is inside, and the rows.
+
+    ``SIDE`` 1: (N, D) in memory, 2: (D, N).
+    """
+    i, j = first + tl.arange(0, C)[None, :], d0 + tl.arange(0, BD)[:, None]
+    return i * D + j if SIDE == 1 else j * N + i, (i < N) & (j < D), i
+
+
+@triton.jit
+def _places(d0, D, SIDE: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr):
+    """Return `_slice` of all N rows, padded to NP."""
+    return _slice(d0, D, 0, SIDE, N, NP, BD)
+
+
+@triton.jit
+def _apply(M, X, TRANSPOSED: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
+    """Return M x (or Mᵀ x) for every column x of a tile.
 
     In slices of at most 32 of the inner dimension: a whole 128×128 operand does not fit the registers.
     """
     C: tl.constexpr = RP if RP < 64 else 32
     i, c = tl.arange(0, RP), tl.arange(0, C)
-    if SIDE == 1:
-        Y = tl.zeros([RP, BD], tl.float32)
-        for n in range(RP // C):
-            slices = tl.reshape(X, (RP // C, C, BD))
-            part = tl.sum(tl.where(tl.arange(0, RP // C)[:, None, None] == n, slices, 0.0), 0) if C < RP else X
-            Y = tl.dot(_entries(M, i[:, None], n * C + c[None, :], TRANSPOSED, R), part, Y, input_precision=PREC)
-    else:
-        Y = tl.zeros([BD, RP], tl.float32)
-        for n in range(RP // C):
-            slices = tl.reshape(X, (BD, RP // C, C))
-            part = tl.sum(tl.where(tl.arange(0, RP // C)[None, :, None] == n, slices, 0.0), 1) if C < RP else X
-            Y = tl.dot(part, _entries(M, n * C + c[:, None], i[None, :], not TRANSPOSED, R), Y, input_precision=PREC)
+    Y = tl.zeros([BD, RP], tl.float32)
+    for n in range(RP // C):
+        m = _entries(M, n * C + c[:, None], i[None, :], not TRANSPOSED, R)
+        Y = _dot(_part_of(X, n, RP, C, BD), m, Y, PREC)
     return Y
+
+
+@triton.jit
+def _part_of(X, n, NP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """Return rows n C and on, C of NP, of a tile."""
+    if C == NP:
+        return X
+    parts = tl.reshape(X, (BD, NP // C, C))
+    return tl.sum(tl.where(tl.arange(0, NP // C)[None, :, None] == n, parts, 0.0), 1)
 
 
 @triton.jit
@@ -129,6 +166,66 @@ def _live_rank(fixed, tensor, R: tl.constexpr):
     if at.to(tl.int64) != 0:
         k = tl.load(at).to(tl.int32)
     return k
+
+
+@triton.jit
+def _added(
+    Y, M, X, d0, D,
+    SIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
+    WIDE: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Return Y + M x for every column x of a tile of X: M ``(ROWS, COLS)`` in rows of WIDE, padded to RP and CP.
+
+    In slices of at most 32 of the inner dimension, read from memory as they are needed.
+    """
+    C: tl.constexpr = CP if CP < 64 else 32
+    i = tl.arange(0, RP)[None, :]
+    for n in range(CP // C):
+        at, inside, _ = _slice(d0, D, n * C, SIDE, COLS, C, BD)
+        x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+        q = n * C + tl.arange(0, C)[:, None]
+        m = tl.load(M + i * WIDE + q, mask=(i < ROWS) & (q < COLS), other=0.0)
+        Y = _dot(x, m, Y, PREC)
+    return Y
+
+
+@triton.jit
+def _gradient(
+    G, V, M, d0, D,
+    SIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr,
+    VT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of the gradient; with outer factors (K > 0) V ← M₂₁ G + M₂₂ V in place, and c G + M₁₂ V.
+
+    A program has these columns of G and V to itself, and reads all it needs of V before it writes.
+    """
+    at, inside, i = _places(d0, D, SIDE, R, RP, BD)
+    g = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
+    if K > 0:
+        N: tl.constexpr = R + K
+        C: tl.constexpr = KP if KP < 64 else 32
+        v = _added(tl.zeros([BD, KP], tl.float32), M + R * N, G, d0, D, SIDE, K, R, KP, RP, N, BD, PREC)
+        v = _added(v, M + R * N + R, V, d0, D, SIDE, K, K, KP, KP, N, BD, PREC)
+        tl.debug_barrier()  # other warps read what this one writes
+        to, inside, _ = _places(d0, D, SIDE, K, KP, BD)
+        tl.store(V + to, v.to(VT), mask=inside)
+        g = g * tl.load(M)
+        for n in range(KP // C):
+            q = n * C + tl.arange(0, C)[:, None]
+            m = tl.load(M + R + i * N + q, mask=(i < R) & (q < K), other=0.0)
+            g = _dot(_part_of(v, n, KP, C, BD), m, g, PREC)
+    return g
+
+
+@triton.jit
+def _outer_of(bases, maps, tensor, R: tl.constexpr, K: tl.constexpr, VT: tl.constexpr, ALIGN: tl.constexpr):
+    """Return where a matrix' basis is, and its M of the outer factors: ``maps`` [tensors, R + K, R + K]; if K > 0."""
+    V = bases
+    if K > 0:
+        V = tl.load(bases + tensor).to(tl.pointer_type(VT))
+        if ALIGN:
+            V = tl.multiple_of(V, 16)
+    return V, maps + tensor.to(tl.int64) * ((R + K) * (R + K))
 
 
 @triton.jit
@@ -145,18 +242,13 @@ def _moments(m_ptr, v_ptr, at, inside, alive, z, lerp, b2, rest2, ST: tl.constex
 
 @triton.jit
 def _tile(
-    p_ptr, g_ptr, m_ptr, v_ptr, M, k, scalars, partials, first, tiles, steps, d0, D,
+    p_ptr, g_ptr, m_ptr, v_ptr, V, maps, M, k, scalars, partials, first, tiles, steps, d0, D,
     SIDE: tl.constexpr, MODE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr,
-    PT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr, HAS_M: tl.constexpr, HAS_K: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, PT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr, HAS_M: tl.constexpr,
+    HAS_K: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile: [RP, BD] of an A (SIDE 1), [BD, RP] of a B (SIDE 2)."""
-    if SIDE == 1:
-        i, j = tl.arange(0, RP)[:, None], d0 + tl.arange(0, BD)[None, :]
-        at = i * D + j
-    else:
-        i, j = tl.arange(0, RP)[None, :], d0 + tl.arange(0, BD)[:, None]
-        at = j * R + i
-    inside = (i < R) & (j < D)
+    """Update one tile."""
+    at, inside, i = _places(d0, D, SIDE, R, RP, BD)
     alive = inside
     if HAS_K:
         alive = inside & (i < k)
@@ -173,30 +265,30 @@ def _tile(
         m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
         step = -tl.where(alive, m, 0.0)
         if HAS_M:
-            step = _apply(M, step, False, SIDE, R, RP, BD, PREC)
+            step = _apply(M, step, False, R, RP, BD, PREC)
         q = tl.arange(0, NP)
         graft = tl.sum(tl.load(partials + 2 * (first + q), mask=q < tiles, other=0.0), 0)
         length = tl.sum(tl.load(partials + 2 * (first + q) + 1, mask=q < tiles, other=0.0), 0)
         step = step * tl.where(length > 0, tl.sqrt(graft) / tl.sqrt(tl.where(length > 0, length, 1.0)), 0.0)
     elif MODE == POLAR:
-        to = i * (tiles * BD) + j if SIDE == 1 else at
+        to, _, _ = _places(d0, tiles * BD, SIDE, R, RP, BD)
         step = -rate * tl.load(steps + first.to(tl.int64) * (R * BD) + to, mask=inside, other=0.0).to(tl.float32)
-        step = _apply(M, tl.where(alive, step, 0.0), False, SIDE, R, RP, BD, PREC)
+        step = _apply(M, tl.where(alive, step, 0.0), False, R, RP, BD, PREC)
     else:
-        z = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars + SIGN)
+        z = _gradient(g_ptr, V, maps, d0, D, SIDE, R, K, RP, KP, BD, ST, PREC) * tl.load(scalars + SIGN)
         z = tl.where(alive, z, 0.0)
         if HAS_M and MODE <= WHITEN:
-            z = _apply(M, z, MODE == EIGEN, SIDE, R, RP, BD, PREC)
+            z = _apply(M, z, MODE == EIGEN, R, RP, BD, PREC)
         lerp, b2, rest2 = tl.load(scalars + LERP), tl.load(scalars + BETA2), tl.load(scalars + REST2)
         m, v = _moments(m_ptr, v_ptr, at, inside, alive, z, lerp, b2, rest2, ST)
         step = -rate * share * m / (tl.sqrt(v) * root + eps / share)
         step = tl.where(alive, step, 0.0)
         if HAS_M and MODE <= WHITEN and MODE != ADAM:
-            step = _apply(M, step, False, SIDE, R, RP, BD, PREC)
+            step = _apply(M, step, False, R, RP, BD, PREC)
     if MODE == MOMENTS:
         direction = tl.where(alive, m.to(ST).to(tl.float32), 0.0)
         if HAS_M:
-            direction = _apply(M, direction, False, SIDE, R, RP, BD, PREC)
+            direction = _apply(M, direction, False, R, RP, BD, PREC)
         direction = tl.where(alive, direction, 0.0)
         tl.store(partials + 2 * pid, tl.sum(tl.sum(step * step, 1), 0))
         tl.store(partials + 2 * pid + 1, tl.sum(tl.sum(direction * direction, 1), 0))
@@ -208,15 +300,16 @@ def _tile(
 
 @triton.jit
 def _update(
-    tiles, fixed, gradients, meta, scalars, partials, steps,
-    MODE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr,
-    PT: tl.constexpr, GT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr,
+    tiles, fixed, gradients, bases, maps, meta, scalars, partials, steps,
+    MODE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, PT: tl.constexpr, GT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr,
     HAS_M: tl.constexpr, HAS_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Run `_tile` for tile ``tiles[pid]`` = (tensor, block).
 
-    ``fixed``, ``meta`` as their columns above; ``gradients[tensor]`` the address of ∇. For POLAR ``partials`` are the
-    matrices [tensors, R, R], and ``steps`` what `polar._advance` left.
+    ``fixed``, ``meta`` as their columns above; ``gradients[tensor]`` the address of ∇; ``bases`` and ``maps`` as for
+    `outer`, where K > 0. For POLAR ``partials`` are the matrices [tensors, R, R], and ``steps`` what `polar._advance`
+    left.
     """
     pid = tl.program_id(0)
     tensor = tl.load(tiles + 2 * pid)
@@ -239,16 +332,17 @@ def _update(
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
         D = tl.multiple_of(D, 16)
+    V, own = _outer_of(bases, maps, tensor, R, K, ST, ALIGN)
     first, count = tl.load(info + FIRST), tl.load(info + TILES)
     if tl.load(scalars + LIVE) != 0:
-        # two calls, not one with a runtime side: the tiles of A and B have different shapes
+        # two calls, not one with a runtime side: which entries are neighbours must be known
         if tl.load(info + SIDE_OF) == 1:
             _tile(
-                p_ptr, g_ptr, m_ptr, v_ptr, M, k, scalars, partials, first, count, steps, d0, D,
-                1, MODE, R, RP, BD, NP, PT, ST, PREC, HAS_M, HAS_K,
+                p_ptr, g_ptr, m_ptr, v_ptr, V, own, M, k, scalars, partials, first, count, steps, d0, D,
+                1, MODE, R, RP, BD, NP, K, KP, PT, ST, PREC, HAS_M, HAS_K,
             )  # fmt: skip
         else:
             _tile(
-                p_ptr, g_ptr, m_ptr, v_ptr, M, k, scalars, partials, first, count, steps, d0, D,
-                2, MODE, R, RP, BD, NP, PT, ST, PREC, HAS_M, HAS_K,
+                p_ptr, g_ptr, m_ptr, v_ptr, V, own, M, k, scalars, partials, first, count, steps, d0, D,
+                2, MODE, R, RP, BD, NP, K, KP, PT, ST, PREC, HAS_M, HAS_K,
             )  # fmt: skip

@@ -14,7 +14,7 @@ below k stays there. Several programs may find something non-finite: the flag is
 import triton
 import triton.language as tl
 
-from .update_tiles import EXP_AVG, EXP_AVG_SQ, FIXED, LENGTH, META, PARAM, SIDE_OF, _entries
+from .update_tiles import EXP_AVG, EXP_AVG_SQ, FIXED, LENGTH, META, PARAM, SIDE_OF, _dot, _entries, _places
 
 
 @triton.jit
@@ -40,15 +40,9 @@ def _summed(
     """Return X Xᵀ of T tiles from column ``begin`` on."""
     G = tl.zeros([RP, RP], tl.float32)
     for n in range(T):
-        d0 = begin + n * BD
-        if SIDE == 1:
-            i, j = tl.arange(0, RP)[:, None], d0 + tl.arange(0, BD)[None, :]
-            x = tl.load(X + i * D + j, mask=(i < R) & (j < D), other=0.0).to(tl.float32)
-            G = tl.dot(x, tl.trans(x), G, input_precision=PREC)
-        else:
-            i, j = tl.arange(0, RP)[None, :], d0 + tl.arange(0, BD)[:, None]
-            x = tl.load(X + j * R + i, mask=(i < R) & (j < D), other=0.0).to(tl.float32)
-            G = tl.dot(tl.trans(x), x, G, input_precision=PREC)
+        at, inside, _ = _places(begin + n * BD, D, SIDE, R, RP, BD)
+        x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+        G = _dot(tl.trans(x), x, G, PREC)
     return G
 
 
@@ -85,32 +79,22 @@ def _mapped(
     In slices of at most 32 of the inner dimension, as `update_tiles._apply`; a slice is read anew from memory.
     """
     C: tl.constexpr = RP if RP < 64 else 32
-    if SIDE == 1:
-        i, j = tl.arange(0, RP)[:, None], d0 + tl.arange(0, BD)[None, :]
-        at = X + i * D + j
-    else:
-        i, j = tl.arange(0, RP)[None, :], d0 + tl.arange(0, BD)[:, None]
-        at = X + j * R + i
-    inside = (i < R) & (j < D)
+    at, inside, i = _places(d0, D, SIDE, R, RP, BD)
     if HAS_M:
-        Y = tl.zeros([RP, BD] if SIDE == 1 else [BD, RP], tl.float32)
-        row, c = tl.arange(0, RP), tl.arange(0, C)
+        Y = tl.zeros([BD, RP], tl.float32)
+        row, c, j = tl.arange(0, RP)[None, :], tl.arange(0, C), d0 + tl.arange(0, BD)[:, None]
         for n in range(RP // C):
-            q = n * C + c
-            if SIDE == 1:
-                x = tl.load(X + q[:, None] * D + j, mask=(q[:, None] < R) & (j < D), other=0.0).to(tl.float32)
-                m = _entries(M, row[:, None], q[None, :], False, R)
-                Y = tl.dot(m * m if SQUARED else m, x, Y, input_precision=PREC)
-            else:
-                x = tl.load(X + j * R + q[None, :], mask=(q[None, :] < R) & (j < D), other=0.0).to(tl.float32)
-                m = _entries(M, q[:, None], row[None, :], True, R)
-                Y = tl.dot(x, m * m if SQUARED else m, Y, input_precision=PREC)
+            q = (n * C + c)[None, :]
+            part = q * D + j if SIDE == 1 else j * R + q
+            x = tl.load(X + part, mask=(q < R) & (j < D), other=0.0).to(tl.float32)
+            m = _entries(M, (n * C + c)[:, None], row, True, R)
+            Y = _dot(x, m * m if SQUARED else m, Y, PREC)
         tl.debug_barrier()  # other warps read what this one writes
     else:
-        Y = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        Y = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_K:
         Y = tl.where(i < k, Y, 0.0)
-    tl.store(at, Y.to(XT), mask=inside)
+    tl.store(X + at, Y.to(XT), mask=inside)
 
 
 @triton.jit

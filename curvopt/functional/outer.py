@@ -19,10 +19,13 @@ V follows S by one step of block power iteration on S + σI per step, orthonorma
 
 The shift leaves the eigenvectors where they are, and keeps Y of full rank while S is that of a few gradients.
 
-Everything beside two passes over G and V is of size r + k: with the products ``[G Gᵀ | G Vᵀ]`` ``(r, r + k)`` at hand,
-both results are one linear map of what is there, [G; V] ← M [G; V], M ``(r + k, r + k)``. The derivation is ours; the
-iteration is that of SOAP (arXiv 2409.11321) in r + k dimensions. VVᵀ is taken to be I: deviations shrink by at least β
-squared at every step that sees gradients, because Y weighs V by β μ.
+Everything beside two passes over G and V is of size r + k. With the products ``[G Gᵀ | G Vᵀ]`` ``(r, r + k)`` at hand,
+both results are linear in what is there, with coefficients M ``(r + k, r + k)``, applied by `through`:
+
+    V' = M₂₁ G + M₂₂ V,      G' = c G + M₁₂ V',      M₁₁ = c I.
+
+The derivation is ours; the iteration is that of SOAP (arXiv 2409.11321) in r + k dimensions. VVᵀ is taken to be I:
+deviations shrink by at least β squared at every step that sees gradients, because Y weighs V by β μ.
 """
 
 import math
@@ -65,7 +68,7 @@ def outer_map(
         found_inf: 0-d float; non-zero: nothing changes.
 
     Returns:
-        M ``[T, r + k, r + k]``, with [G S̃^(-1/2) √(1+λ); V] ← M [G; V]; the new μ; the new traces.
+        M ``[T, r + k, r + k]``, with which `through` makes G S̃^(-1/2) √(1+λ) and the new V; the new μ; the new traces.
     """
     r = products.shape[1]
     k = products.shape[2] - r
@@ -93,10 +96,8 @@ def outer_map(
     rho = ((1 - mu_new.sum(1)) / (d - k).clamp(min=1)).clamp(min=0)
     c = ((1 + damping) / (rho * d + damping)).sqrt()
     w = ((1 + damping) / (mu_new * d[:, None] + damping)).sqrt() - c[:, None]
-    M = torch.cat(((P_new * w[:, None, :]) @ both, both), 1)  # [c I + P' diag(w) take, P' diag(w) keep; take, keep]
-    M[:, :r].diagonal(dim1=1, dim2=2).add_(c[:, None])
-    M[:, :r, r:] *= unit
-    M[:, r:, :r] /= unit
+    scaled = c[:, None, None] * torch.eye(r, dtype=c.dtype, device=c.device)
+    M = torch.cat((torch.cat((scaled, unit * P_new * w[:, None, :]), 2), torch.cat((take / unit, keep), 2)), 1)
     # what is not finite in the products or in their Cholesky factor is in every sum that it enters
     good = (new_trace > 0) & torch.isfinite(new_trace + mu_new.sum(1)) & (found_inf == 0)
     return (
@@ -104,3 +105,20 @@ def outer_map(
         torch.where(good[:, None], mu_new * t[:, None], mu),
         torch.where(good, new_trace, trace),
     )
+
+
+def through(
+    M: Tensor, G: Tensor, V: Tensor, out: Tensor | None = None, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return c G + M₁₂ V' and V' = M₂₁ G + M₂₂ V, all rank first, in ``out`` and ``basis`` if given.
+
+    Args:
+        M: ``[T, r + k, r + k]`` of `outer_map`, in the dtype of the others.
+        G: ``[T, r, d]`` gradients.
+        V: ``[T, k, d]``.
+        out: what takes the first result, none of the others.
+        basis: what takes the second, likewise.
+    """
+    r = G.shape[1]
+    new = torch.bmm(M[:, r:, :r], G, out=basis).baddbmm_(M[:, r:, r:], V)
+    return torch.mul(M[:, :1, :1], G, out=out).baddbmm_(M[:, :r, r:], new), new

@@ -96,7 +96,7 @@ class ReferencePlan:
         return torch.cat(found)
 
     def take_outer(self, M: Tensor) -> None:
-        """Take the maps ``[T, r + k, r + k]`` of [∇; V] in this step."""
+        """Take M ``[T, r + k, r + k]`` of `functional.outer` in this step."""
         for s, own in zip(self.slabs, M.split([len(s.params) for s in self.slabs]), strict=True):
             s.outer = own
 

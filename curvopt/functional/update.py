@@ -39,6 +39,7 @@ from torch import Tensor
 from curvopt.functional import compute_dtype, left, rank_gram
 from curvopt.functional.inverse import damped_inverse_root
 from curvopt.functional.moments import trace
+from curvopt.functional.outer import through
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Slab:
         damping: λ > 0 of "polar", a number or a 0-d tensor.
         k: ``[L]`` int64 live ranks, or None for all; only "polar" has to know.
         basis: V of the outer factors, ``[L, k, d]`` or ``[L, d, k]`` as the matrices are; None: there are none.
-        outer: ``[L, r + k, r + k]`` the maps of [∇; V] in this step, see `functional.outer`; with ``basis`` alone.
+        outer: ``[L, r + k, r + k]`` M of `functional.outer` in this step; with ``basis`` alone.
     """
 
     params: list[Tensor]
@@ -257,22 +258,18 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
 
 
 def precondition_(s: Slab, G: Tensor, out: Tensor, found_inf: Tensor) -> None:
-    """Write ∇ S̃^(-1/2) into ``out`` and the next V into the basis, [∇; V] ← M [∇; V]; V stays if ``found_inf``."""
+    """Write ∇ S̃^(-1/2) into ``out`` and the next V into the basis, as `functional.outer`; V stays if ``found_inf``."""
     assert s.outer is not None and s.basis is not None
-    r, M, V = G.shape[s.rank_dim], s.outer.to(G.dtype), s.basis.to(G.dtype)
-    _sum_of_maps(M[:, :r, :r], G, M[:, :r, r:], V, s.rank_dim, out)
-    new = _sum_of_maps(M[:, r:, :r], G, M[:, r:, r:], V, s.rank_dim, s.spare_basis)
+    M, V = s.outer.to(G.dtype), s.basis.to(G.dtype)
+    if s.rank_dim == 1:
+        _, new = through(M, G, V, out, s.spare_basis)
+    else:
+        spare = None if s.spare_basis is None else s.spare_basis.mT
+        new = through(M, G.mT, V.mT, out.mT, spare)[1].mT
     if V is s.basis:
         torch.where(found_inf == 0, new, V, out=V)
     else:
         s.basis.copy_(torch.where(found_inf == 0, new, V))
-
-
-def _sum_of_maps(M: Tensor, X: Tensor, N: Tensor, Y: Tensor, rank_dim: int, out: Tensor | None) -> Tensor:
-    """Return M X + N Y, the rank first or last as ``rank_dim`` says, in ``out`` if given."""
-    if rank_dim == 1:
-        return torch.bmm(M, X, out=out).baddbmm_(N, Y)
-    return torch.bmm(X, M.mT, out=out).baddbmm_(Y, N.mT)
 
 
 def fused_adamw(

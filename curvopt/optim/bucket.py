@@ -195,6 +195,7 @@ class Bucket:
             self.state[key] = torch.as_tensor(known[0].get(key, 0.0), dtype=torch.float32).to(self.device, copy=True)
         self.state["cadence"] = cadence_of(known[0]).clone()
         self._steps, *self._done = self.state["cadence"].tolist()
+        self._ticks = self.state["cadence"][0]
         for key, directions in wide.items():
             self._bind_wide(key, directions, states)
         shared = {key: self.state[key] for key in ("step", "skipped", "cadence")}
@@ -344,7 +345,7 @@ class Bucket:
         """Count a step with gradients, whether or not it changes anything."""
         self.settle()
         self._steps += 1
-        self.state["cadence"][0].add_(1)
+        self._ticks.add_(1)
 
     @property
     def steps(self) -> int:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvopt.functional.outer import cosine_rows, outer_map
+from curvopt.functional.outer import cosine_rows, outer_map, through
 
 F64 = torch.float64
 FINE = torch.tensor(0.0)
@@ -23,8 +23,7 @@ def advanced(G, V, mu, trace, decay=0.95, damping=0.1, found_inf=FINE):
     """One step: what preconditions G, the new basis and the new numbers."""
     d = torch.full((len(G),), float(G.shape[2]), dtype=G.dtype)
     M, mu, trace = outer_map(products(G, V), mu, trace, d, decay, damping, found_inf)
-    Z = M @ torch.cat((G, V), 1)
-    return Z[:, : G.shape[1]], Z[:, G.shape[1] :], mu, trace
+    return *through(M, G, V), mu, trace
 
 
 def start(T, k, d, dtype=F64):

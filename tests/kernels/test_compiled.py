@@ -49,7 +49,10 @@ def narrow(built):
 
 
 def has_plain_tf32(built):
-    return re.search(r"inputPrecision = tf32\b", built.asm["ttir"]) is not None
+    """Whether float32 operands go to matrix units as they are; the three products of their parts are not that."""
+    products = len(re.findall(r"inputPrecision = tf32\b", built.asm["ttir"]))
+    parted = re.search(r"dense<-8192>", built.asm["ttir"]) is not None
+    return products > 0 and not (parted and products % 3 == 0)
 
 
 @pytest.mark.parametrize("target, case", list(parameters()))

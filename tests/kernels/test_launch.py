@@ -95,3 +95,64 @@ def test_a_target_between_two_is_the_older_one(monkeypatch):
     names = [launch._target_of.__wrapped__(d) for d in range(3)]
     assert names == ["sm_80", "sm_100", "sm_75"]
     assert names[2] not in launch.TARGETS, "older than any target: the reference runs"
+
+
+class Compiled:
+    """Stands for a compiled kernel."""
+
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launched.append((grid, args))
+
+
+class Jitted:
+    """Stands for a jitted function: notes when it has to look for what it was compiled to."""
+
+    arg_names = ("x", "n", "scale", "R", "BD")
+
+    def __init__(self):
+        self.looked, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            self.looked.append((grid, args, constants))
+            return Compiled(self.launched)
+
+        return run
+
+
+def test_a_launch_that_fits_again_does_not_look_for_its_kernel(monkeypatch):
+    launch = pytest.importorskip("curvopt.kernels.launch")
+    monkeypatch.setattr(launch, "_KEEPS", True)
+    monkeypatch.setattr(launch, "_compiled", {})
+    device = [0]
+    monkeypatch.setattr(launch, "_device", lambda: device[0])
+    kernel, x = Jitted(), torch.zeros(16)
+    launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=8, num_warps=4)
+    launch.run(kernel, (5, 2), torch.ones(16), 2, 0.25, BD=32, R=8, num_warps=4)
+    assert len(kernel.looked) == 1
+    [(grid, args)] = kernel.launched
+    # the compile-time arguments follow in the order of the function, options do not
+    assert grid == (5, 2, 1) and args[1:] == (2, 0.25, 8, 32)
+    # whatever a kernel is compiled for makes it look again
+    for other in (x.double(), x[1:]):
+        launch.run(kernel, (3,), other, 2, 0.5, BD=32, R=8, num_warps=4)
+    launch.run(kernel, (3,), x, 1, 0.5, BD=32, R=8, num_warps=4)
+    launch.run(kernel, (3,), x, 2, x, BD=32, R=8, num_warps=4)
+    launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=4, num_warps=4)
+    launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=8, num_warps=2)
+    device[0] = 1
+    launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=8, num_warps=4)
+    assert len(kernel.looked) == 8 and len(kernel.launched) == 1
+
+
+def test_compile_time_arguments_come_last():
+    """What `launch.run` keeps of a kernel is launched with them behind the others."""
+    compiled = pytest.importorskip("curvopt.kernels.compiled")
+    if compiled.launch.interpreting():
+        pytest.skip("interpreted kernels are not jitted")
+    for function in {case.function for case in compiled.cases("sm_90")}:
+        constant = [p.is_constexpr for p in function.params]
+        assert constant == sorted(constant), function.fn.__name__

@@ -280,7 +280,7 @@ def test_whole_buckets(r, d, dtype):
 def test_outer_factors(r, k, d):
     """The products, the map made of them, and a step through it."""
     total = ("_total",) if d >= 300 else ()
-    with clean("_products", "_outer_map", "_precondition", *launched("polar_update", *total)):
+    with clean("_products", "_outer_map", *launched("polar_update", *total)):
         ours = [moved(slab(n, r, d + n - 1, n, matrix=False, seed=n), "cpu") for n in (1, 2)]
         for s in ours:
             V = cosine_rows(k, s.exp_avg.shape[3 - s.rank_dim]).float().expand(len(s.params), -1, -1)

@@ -5,7 +5,7 @@ import torch
 from update_cases import BF16, EPS, F32, bucket, check, gradients, launches, moved, slab, uploads
 
 from curvopt import kernels
-from curvopt.functional.outer import cosine_rows, outer_map
+from curvopt.functional.outer import cosine_rows, outer_map, through
 from curvopt.functional.plan import ReferencePlan
 from curvopt.functional.update import RULES
 
@@ -78,7 +78,27 @@ def test_nothing_changes_where_gradients_are_not_finite(device):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_one_launch_more_and_no_upload(device):
+def test_the_look_at_the_gradients_makes_their_products(device):
+    ours = bucket(slabs_of(8, 16, 1100), device)
+    plan, flag = kernels.UpdatePlan("polar", ours), torch.zeros((), device=device)
+    plan.load(gradients(ours))
+    alone = plan.outer_products()
+    plan.nonfinite_(flag)
+    with launches() as seen:
+        assert torch.equal(plan.outer_products(), alone) and not flag
+    assert not seen
+    # one bad number, in the last column of the last matrix, is enough; large ones are not bad
+    for bad, expected in ((1e30, 0.0), (float("nan"), 1.0), (float("-inf"), 1.0)):
+        ours[1].grads[0, -1, -1] = bad
+        plan.load(gradients(ours))
+        plan.nonfinite_(flag.zero_())
+        assert flag.item() == expected
+    ours[1].grads[0, -1, -1] = 0.0
+    plan.load(gradients(ours))  # products of other gradients are not kept
+    assert torch.isfinite(plan.outer_products()).all()
+
+
+def test_no_launch_more_in_a_step_and_no_upload(device):
     ours = bucket(slabs_of(8, 16, 1100), device)
     plan = kernels.UpdatePlan("polar", ours)
     plan.load(gradients(ours))
@@ -89,7 +109,7 @@ def test_one_launch_more_and_no_upload(device):
         plan.step(found)
     # the first two sum up the products
     names = [name for name, *_ in seen]
-    assert names == ["_products", "_total", "_prepare", "_precondition", "_advance", "_total", "_equalise", "_update"]
+    assert names == ["_products", "_total", "_prepare", "_advance", "_total", "_equalise", "_update"]
     assert not uploaded
 
 
@@ -136,25 +156,24 @@ def test_the_map_is_that_of_the_reference(r, k, scale, device):
         given = [x.cpu() for x in (products, mu, trace, width)]
         rounded = outer_map(*given, 0.9, 0.1, torch.zeros(()))
         exact = outer_map(*[x.double() for x in given], 0.9, 0.1, torch.zeros(()))
-        GV = torch.cat((G / scale, V), 1)
         for of in range(3):  # of the map, what it does
             ours, plain, want = (
-                in_units(X[0], r, scale) @ GV if of == 0 else X[of].cpu().double() for X in (got, rounded, exact)
+                does(X[0], G / scale, V, scale) if of == 0 else X[of].cpu().double() for X in (got, rounded, exact)
             )
             # what the reference itself loses in float32, by rounding of the products and of their Cholesky factor
             lost = (plain - want).abs().max() + 10 * EPS * want.abs().max()
             assert (ours - want).abs().max() <= 4 * lost, (n, of)
             assert lost < 1e-2 * want.abs().max()
         mu, trace = got[1:]
-        V = (in_units(exact[0], r, scale) @ GV)[:, r:]
+        V = does(exact[0], G / scale, V, scale)[:, r:]
 
 
-def in_units(M, r, scale):
-    """The map of [G/scale; V] to [G'/scale; V'], in float64."""
-    M = M.cpu().double()
+def does(M, G, V, scale):
+    """What a map does to gradients in units of ``scale``, and to V, in float64."""
+    M, r = M.cpu().double(), G.shape[1]
     M[:, :r, r:] /= scale
     M[:, r:, :r] *= scale
-    return M
+    return torch.cat(through(M, G, V), 1)
 
 
 def test_a_map_of_what_is_not_finite_or_empty_is_the_identity(device):

@@ -15,6 +15,8 @@ from curvopt.functional.basis import carry_first, carry_second
 from curvopt.functional.truncate import truncate_
 from curvopt.functional.update import RULES, Hyper
 
+# what products of matrix units lose, see `update_tiles._dot`: lo lo, and on a device the ends of both lo, 2⁻²⁰ each
+LOST = (3 if torch.cuda.is_available() else 1) * 2.0**-20
 ALL = [*RULES, "row"]
 LAUNCHES = {
     "polar": ["_prepare", "_advance", "_total", "_equalise", "_update"],
@@ -258,7 +260,9 @@ def test_maps_are_those_of_the_basis(of, r, d, dtype, device, found):
                 # roundings of the sum of |products| that add up like a walk; then one, which the interpreter cuts
                 unit = {F32: 0, BF16: 2.0**-7, F16: 2.0**-10}[dtype]
                 size = left((T**2 if name == "exp_avg_sq" else T).abs(), was.abs(), s.rank_dim)
-                assert ((got.cpu().double() - mapped).abs() <= (4 + r**0.5) * EPS * size + unit * mapped.abs()).all()
+                assert (
+                    (got.cpu().double() - mapped).abs() <= ((4 + r**0.5) * EPS + LOST) * size + unit * mapped.abs()
+                ).all()
                 if ranks is not None:
                     dead = ~live_rows(k[own], r)
                     assert not (got.cpu() if s.rank_dim == 1 else got.cpu().mT)[dead].any()

@@ -40,8 +40,7 @@ def precondition(bucket: Bucket, ops: Ops, found_inf: Tensor) -> None:
     if decay == 1:  # the running mean: the newest of t gradients weighs 1/t
         decay = 1 - 1 / (state["step"] + 1)
     M, new_mu, new_trace = ops("outer_map", products, mu, trace, bucket.widths, decay, g["damping"], found_inf)
-    mu.copy_(new_mu)
-    trace.copy_(new_trace)
+    torch._foreach_copy_([mu, trace], [new_mu, new_trace])
     if bucket.steps <= g["warmup_steps"]:
         M[:, : bucket.r] = torch.eye(bucket.r, M.shape[2], dtype=M.dtype, device=M.device)
     bucket.plan.take_outer(M)
