@@ -79,7 +79,10 @@ class Ops:
             return REFERENCE[name](*args, **kwargs)
         rank = sample.shape[-1] if isinstance(first, Tensor) else sample.shape[first.rank_dim]
         rows = args[2][0] if name == "gram_add_" else sample  # sums are float32, whatever the rows are
-        if _kernels().supports(name, *args, **kwargs) and self.trusts(name, rank, rows):
+        k = 0
+        if name == "outer_map":  # products [T, r, r + k]
+            rank, k = sample.shape[1], rank - sample.shape[1]
+        if _kernels().supports(name, *args, **kwargs) and self.trusts(name, rank, rows, k):
             return _kernels().OPS[name](*args, **kwargs)
         self.fallbacks.add(name)
         return REFERENCE[name](*args, **kwargs)
@@ -94,8 +97,10 @@ class Ops:
         sample = slabs[0].exp_avg
         if self._on_kernels(sample):
             name = f"{rule}_update"
-            rank = sample.shape[slabs[0].rank_dim]
-            if _kernels().plan_supports(rule, slabs) and self.trusts(name, rank, sample):
+            basis = getattr(slabs[0], "basis", None)  # rows have none
+            dim = slabs[0].rank_dim
+            k = 0 if basis is None else basis.shape[dim]
+            if _kernels().plan_supports(rule, slabs) and self.trusts(name, sample.shape[dim], sample, k):
                 made: Plan = _kernels().UpdatePlan(rule, slabs)
                 return made
             self.fallbacks.add(name)
@@ -104,12 +109,15 @@ class Ops:
     def _on_kernels(self, sample: Tensor) -> bool:
         return self.backend != "torch" and on_device(sample) and bool(_kernels().OPS)
 
-    def trusts(self, name: str, rank: int, sample: Tensor) -> bool:
-        """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does."""
+    def trusts(self, name: str, rank: int, sample: Tensor, k: int = 0) -> bool:
+        """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does.
+
+        For updates, and for the map of outer factors: with ``k`` directions of them.
+        """
         if self.backend == "triton":
             return True
         selfcheck = importlib.import_module("curvopt.kernels.selfcheck")
-        return bool(selfcheck.agrees(name, REFERENCE[name], rank, sample.dtype, sample.device))
+        return bool(selfcheck.agrees(name, REFERENCE[name], rank, sample.dtype, sample.device, k))
 
 
 def on_device(sample: Tensor) -> bool:

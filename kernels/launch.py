@@ -64,7 +64,7 @@ TABLE: dict[tuple[str, int], Config] = {
     ("eigenbasis", 64): Config(warps=8),
     ("eigenbasis", 128): Config(warps=16, stack=320),
     # at 16 the products are few, and operands of matrix units take a quarter of the shared loads of multiply-adds
-    ("update", 16): Config(block=64, warps=4, precision="tf32x3"),
+    ("update", 16): Config(block=64, warps=2, precision="tf32x3"),
     ("update", 32): Config(block=32, warps=4, precision="tf32x3"),
     ("update", 64): Config(block=32, warps=4, precision="tf32x3"),
     ("update", 128): Config(block=16, warps=8, precision="tf32x3", stack=32),
@@ -80,7 +80,7 @@ TABLE: dict[tuple[str, int], Config] = {
     # the stack at 128 (sm_80) is a few numbers kept across the products
     ("root", 128): Config(block=32, warps=16, precision="tf32x3", stack=48),
     # by the larger of r and k
-    ("outer", 16): Config(block=32, warps=1, group=16, precision="tf32x3"),
+    ("outer", 16): Config(block=32, warps=1, group=16, stages=3, precision="tf32x3"),
     ("outer", 32): Config(block=32, warps=2, group=16, precision="tf32x3", stack=32),
     ("outer", 64): Config(block=32, warps=4, group=16, precision="tf32x3"),
     # the stack at 128 (r = 96, k = 128, 16-bit) holds what is kept across the products
@@ -145,11 +145,11 @@ ALTERNATIVES: dict[tuple[str, int], tuple[Config, ...]] = {
         Config(block=32, warps=2, group=16, precision="tf32x3"),
     ),
     ("update", 16): (
-        Config(block=64, warps=2, precision="tf32x3"),
+        Config(block=64, warps=4, precision="tf32x3"),
         Config(block=128, warps=4, precision="tf32x3"),
     ),
     ("outer", 16): (
-        Config(block=32, warps=1, group=16, stages=3, precision="tf32x3"),
+        Config(block=32, warps=1, group=16, precision="tf32x3"),
         Config(block=32, warps=2, group=16, precision="tf32x3"),
         Config(block=16, warps=1, group=32, precision="tf32x3"),
     ),

@@ -28,14 +28,14 @@ def run(reference: Mapping[str, Op], device: torch.device) -> Iterator[tuple[str
 
 
 @cache
-def agrees(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device) -> bool:
+def agrees(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device, k: int = 0) -> bool:
     """Return whether the kernel compiles, runs and gives what ``reference`` gives; once per process and arguments.
 
-    ``name`` may also be `PLAN`: what a plan does besides its steps (``nonfinite_``, ``grams``, ``transform_``). Its
-    reference is in here.
+    The problem of an update, and of their map, has ``k`` directions of outer factors. ``name`` may also be `PLAN`: what a plan does
+    besides its steps (``nonfinite_``, ``grams``, ``transform_``). Its reference is in here.
     """
     try:
-        found = error(name, reference, r, dtype, device)
+        found = error(name, reference, r, dtype, device, k)
     except Exception:  # whatever the compiler or the driver throws, the reference still works
         log.exception("kernel %s at rank %d (%s) does not run on %s", name, r, dtype, device)
         return False
@@ -50,17 +50,17 @@ def allowed(name: str, dtype: torch.dtype) -> float:
     return ALLOWED.get(name, 1e-4) if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
-def error(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device) -> float:
+def error(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device, k: int = 0) -> float:
     """Return the largest difference of kernel and reference on the op's problem, relative to the largest entry."""
     if name == PLAN:
         got, want = (part.double() for part in _plan(r, dtype, device))
     else:
         assert reference is not None
-        got, want = (outcome(name, op, r, dtype, device).double() for op in (OPS[name], reference))
+        got, want = (outcome(name, op, r, dtype, device, k).double() for op in (OPS[name], reference))
     return float((got - want).abs().max() / want.abs().max())
 
 
-def outcome(name: str, op: Op, r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def outcome(name: str, op: Op, r: int, dtype: torch.dtype, device: torch.device, k_outer: int = 0) -> Tensor:
     """Run ``op`` on its problem and return what it made; the same problem every time."""
     g = torch.Generator().manual_seed(0)
     L, d = 6, 96
@@ -76,11 +76,12 @@ def outcome(name: str, op: Op, r: int, dtype: torch.dtype, device: torch.device)
         live = Q[:, :, : int(k[0])]
         return live.mT @ S.double() @ live  # eigenvectors are free in sign; what they do to S is not
     if name == "outer_map":
-        half = r // 2
-        G, V = rows.mT[:, :half], torch.linalg.qr(rows)[0].mT[:, half:]
+        k_outer = k_outer or r
+        rows = torch.randn(L, 4 * (r + k_outer), r + k_outer, generator=g) / torch.arange(1, r + k_outer + 1)
+        G, V = rows.mT[:, :r], torch.linalg.qr(rows)[0].mT[:, r:]
         products = torch.cat((G @ G.mT, G @ V.mT), 2).contiguous().to(device)
-        mu, none = torch.ones(L, r - half, device=device), torch.zeros((), device=device)
-        given = (products, mu, mu.sum(1) + 1, torch.full((L,), 4.0 * r, device=device), 0.9, 0.1, none)
+        mu, none = torch.ones(L, k_outer, device=device), torch.zeros((), device=device)
+        given = (products, mu, mu.sum(1) + 1, torch.full((L,), float(rows.shape[1]), device=device), 0.9, 0.1, none)
         return torch.cat([x.flatten() for x in op(*given)])
     if name == "ema_":
         op(S, 2 * S, torch.full((L,), 3, device=device), 0.9)
@@ -92,9 +93,11 @@ def outcome(name: str, op: Op, r: int, dtype: torch.dtype, device: torch.device)
         zs = [z.contiguous() for z in rows.to(device, dtype)]
         made = op(zs[0] if name == "gram" else zs)
         return made
-    slabs = [_slab(side, L, r, d, dtype, device) for side in (1, 2)]
+    slabs = [_slab(side, L, r, max(d, 2 * k_outer), dtype, device, k_outer) for side in (1, 2)]
     op(slabs, torch.zeros((), device=device))
-    return torch.cat([torch.stack(s.params).flatten() for s in slabs])
+    # with the moments, since of what a gradient went through little is seen in the parameters
+    changed = [X for s in slabs for X in (torch.stack(s.params), s.exp_avg, s.exp_avg_sq, s.basis) if X is not None]
+    return torch.cat([X.float().flatten() for X in changed])
 
 
 def _plan(r: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -166,11 +169,12 @@ class _Slab:
     k: Tensor | None = None
     basis: Tensor | None = None
     outer: Tensor | None = None
+    spare_basis: Tensor | None = None
     views: list[Any] = field(default_factory=list)
     hyper: _Hyper = field(default_factory=_Hyper)
 
 
-def _slab(side: int, L: int, r: int, d: int, dtype: torch.dtype, device: torch.device) -> _Slab:
+def _slab(side: int, L: int, r: int, d: int, dtype: torch.dtype, device: torch.device, k: int = 0) -> _Slab:
     g = torch.Generator().manual_seed(side)
     shape = (L, r, d) if side == 1 else (L, d, r)
     p, grad, m = (torch.randn(shape, generator=g).to(device) for _ in range(3))
@@ -178,4 +182,11 @@ def _slab(side: int, L: int, r: int, d: int, dtype: torch.dtype, device: torch.d
     rates = tuple(float(1 + i % 3) for i in range(r))
     step = torch.tensor(3.0, device=device)
     p, m, v = p.to(dtype), m.to(dtype), (0.1 + m.square()).to(dtype)
-    return _Slab(list(p.unbind()), list(grad.to(dtype).unbind()), m, v, step, side, Q, rates)
+    made = _Slab(list(p.unbind()), list(grad.to(dtype).unbind()), m, v, step, side, Q, rates)
+    if k:
+        V = torch.linalg.qr(torch.randn(L, d, k, generator=g)).Q
+        made.basis = (V.mT if side == 1 else V).contiguous().to(device, dtype)
+        M = 0.3 * torch.randn(L, r + k, r + k, generator=g) / (r + k) ** 0.5
+        M[:, :r, :r] = 1.5 * torch.eye(r)
+        made.outer = M.to(device)
+    return made

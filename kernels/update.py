@@ -9,9 +9,10 @@ the parameter and both moments become exactly zero. What `supports` refuses fall
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .buckets import MODES, bucket_of, plan_supports
+from .buckets import MODES, bucket_of, has, plan_supports
 from .plan import UpdatePlan
 
 Update = Callable[[Sequence[Any], Tensor], None]
@@ -22,6 +23,8 @@ def _op(rule: str) -> tuple[Update, Callable[..., bool]]:
         for bucket in _buckets(rule, slabs):
             plan = UpdatePlan(rule, bucket)
             plan.load([g for s in bucket for g in s.grads])
+            if has(bucket[0], "basis"):
+                plan.take_outer(torch.cat([s.outer for s in bucket]))
             plan.step(found_inf)
 
     def supports(slabs: Sequence[Any], found_inf: Tensor) -> bool:

@@ -72,7 +72,7 @@ def shown(monkeypatch):
     """What the self-check is asked for, and a set of ops that it finds wrong."""
     asked, wrong = [], set()
 
-    def agrees(name, reference, r, dtype, device):
+    def agrees(name, reference, r, dtype, device, k):
         assert reference is REFERENCE[name]
         asked.append((name, r, dtype))
         return name not in wrong

@@ -31,6 +31,35 @@ def test_other_ranks_and_dtypes(name, r, dtype, device):
     assert selfcheck.agrees(name, REFERENCE.get(name), r, dtype, device)
 
 
+@pytest.mark.parametrize("r, k, dtype", [(16, 16, torch.float32), (5, 33, torch.float32), (40, 16, torch.bfloat16)])
+@pytest.mark.parametrize("name", ["polar_update", "eigen_update", "momentum_update"])
+def test_updates_with_outer_factors(name, r, k, dtype, device):
+    assert selfcheck.agrees(name, REFERENCE[name], r, dtype, device, k)
+
+
+@pytest.mark.parametrize("r, k", [(16, 16), (5, 33), (100, 16)])
+def test_the_map_of_outer_factors(r, k, device):
+    assert selfcheck.agrees("outer_map", REFERENCE["outer_map"], r, torch.float32, device, k)
+
+
+@pytest.mark.parametrize("what", ["V of the gradient", "the gradient of V"])
+def test_a_wrong_map_of_outer_factors_is_seen(what, device, monkeypatch, caplog):
+    """One entry of one matrix' map is off by a tenth."""
+    right = kernels.UpdatePlan.take_outer
+
+    def wrong(self, M):
+        M = M.clone()
+        row, col = (9, 2) if what == "V of the gradient" else (2, 9)
+        M[-1, row, col] += 0.1
+        right(self, M)
+
+    monkeypatch.setattr(kernels.UpdatePlan, "take_outer", wrong)
+    with caplog.at_level(logging.ERROR):
+        assert not selfcheck.agrees("polar_update", REFERENCE["polar_update"], 8, torch.float32, device, 4)
+    assert "kernel polar_update" in caplog.text
+    selfcheck.agrees.cache_clear()
+
+
 @pytest.mark.parametrize("name", sorted(REFERENCE))
 def test_a_wrong_kernel_is_seen(name, device, monkeypatch, caplog):
     kernel = kernels.OPS[name]
