@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,13 @@ def plans(run: Run) -> Iterator[Row]:
         del plan, given, grads, step
 
 
+# of this package, those of wide matrices first
+KERNELS = (
+    "_products", "_nonfinite", "_advance", "_update", "_grams", "_total", "_outer_map", "_equalise", "_prepare",
+    "_average", "_inverse", "_root", "_jacobi", "_gram", "_transform",
+)  # fmt: skip
+
+
 def moved(kernel: str, seen: Container[str]) -> int:
     """Return the bytes of float32 that each number of an adapter makes a kernel move, beside what ``seen`` names.
 
@@ -350,9 +358,12 @@ def launches(run: Run) -> Iterator[Row]:
             with profile(activities=[ProfilerActivity.CPU if run.dry else ProfilerActivity.CUDA]) as seen:
                 optimizer.step()
                 run.wait()
+            own: dict[str, float] = defaultdict(float)
             for event in seen.key_averages():
                 if event.self_device_time_total > 0 or run.dry:
-                    spent.setdefault(event.key[:80], []).append(event.self_device_time_total)
+                    own[event.key if event.key in KERNELS else "torch"] += event.self_device_time_total
+            for kernel, us in own.items():
+                spent.setdefault(kernel, []).append(us)
         for kernel, times in sorted(spent.items(), key=lambda item: -statistics.median(item[1])):
             us = statistics.median(times)
             least = moved(kernel, spent) * numbers / rate
@@ -510,30 +521,36 @@ def report(run: Run, results: dict[str, list[Row]], notes: Sequence[str]) -> Non
             text += [f"## {part}", "", table(shown, columns), ""]
     text += [f"- {note}" for note in notes]
     (run.out / "device.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is not None:
-        _plot(run, results)
+    if results.get("launches") and not run.dry and importlib.util.find_spec("matplotlib") is not None:
+        plot(results["launches"], run.out / "device.png")
 
 
-def _plot(run: Run, results: dict[str, list[Row]]) -> None:
-    """Plot a step over the rank, eager and as a graph, for the first model that has several ranks."""
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot what the device is busy with in a step of each optimizer, kernel by kernel, at the first rank."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = results.get("steps") or []
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-    for axis, column, title in zip(axes, ("wall_ms", "graph_ms"), ("eager", "CUDA graph"), strict=True):
-        for name in dict.fromkeys(row["optimizer"] for row in rows):
-            points = [(row["r"], row[column]) for row in rows if row["optimizer"] == name and row.get(column)]
-            points = [p for p in points if p[1] != ""]
-            if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-        axis.set(title=title, xlabel="rank", xscale="log", yscale="log")
-    axes[0].set_ylabel("ms a step")
-    axes[0].legend(fontsize=7)
+    rows = [row for row in rows if row["r"] == rows[0]["r"] and row["optimizer"] != "AdamW foreach"]
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))[::-1]
+    figure, axis = plt.subplots(figsize=(9, 0.42 * len(names) + 1.3))
+    left = dict.fromkeys(names, 0.0)
+    # the least of them share a colour
+    kinds = {kernel: min(n, 4) for n, kernel in enumerate(KERNELS)} | {"torch": 5}
+    labels = [*(kernel.strip("_") for kernel in KERNELS[:4]), "r×r and other small ones", "torch"]
+    for n, label in enumerate(labels):
+        widths = dict.fromkeys(names, 0.0)
+        for row in rows:
+            widths[row["optimizer"]] += float(row["us"]) * (kinds[row["kernel"]] == n) / 1e3
+        if any(widths.values()):
+            axis.barh(names, [widths[x] for x in names], left=[left[x] for x in names], color=f"C{n}", label=label)
+        left = {x: left[x] + widths[x] for x in names}
+    axis.set(xlabel=f"ms of the device a step, rank {rows[0]['r']}")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(run.out / "device.png", dpi=120)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -15,7 +15,10 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 # columns without numbers
-TEXT = ("task", "start", "optimizer", "pair", "part", "axis", "scale", "model", "device", "python", "torch", "commit")
+TEXT = (
+    "task", "start", "optimizer", "pair", "part", "axis", "scale", "model", "kernel", "config", "error", "device",
+    "python", "torch", "commit",
+)  # fmt: skip
 
 Row = dict[str, Any]
 

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import device
 import matplotlib as mpl
 
 mpl.use("Agg")
@@ -280,6 +281,9 @@ def main() -> None:
     growth()
     split()
     spectra()
+    launches = read_csv(RESULTS / "device_launches.csv")
+    if launches:
+        device.plot(launches, RESULTS / "device.png")
 
 
 if __name__ == "__main__":

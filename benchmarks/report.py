@@ -18,7 +18,10 @@ from tasks import TASKS
 from training import SEARCH_SEED
 
 ROOT = RESULTS.parents[1]
-TEXTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "outer-factors", "gora")))
+TEXTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "kernels", "outer-factors", "gora")),
+)
 MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHORTER = (0.8, 0.7, 0.6)
 NAMES = [name for name in (*CONTESTANTS, *CHOICES) if name not in HIDDEN]
@@ -297,6 +300,44 @@ def memory_table() -> list[Row]:
     return lines
 
 
+def device_steps_table() -> list[Row]:
+    """Return a line an optimizer: times of a step on the adapters of the first model, and ratios to fused AdamW's."""
+    rows = read_csv(RESULTS / "device_steps.csv")
+    return [
+        {
+            "optimizer": f"`{row['optimizer']}`" if "GritKFAC" in row["optimizer"] else row["optimizer"],
+            "eager, ms": number(row["wall_ms"]),
+            "ratio": number(row["ratio_wall"]),
+            "after a backward, ms": number(row["after_wall_ms"]),
+            "its ratio": number(row["ratio_after_wall"]),
+            "as a CUDA graph, ms": number(row["graph_ms"]),
+            "the graph's ratio": number(row["ratio_graph"]),
+        }
+        for row in rows
+        if (row["model"], row["r"]) == (rows[0]["model"], rows[0]["r"])
+    ]
+
+
+def device_launches_table() -> list[Row]:
+    """Return a line a kernel of a default step at rank 16, with and without outer factors: time, share of a copy's."""
+    rows = [row for row in read_csv(RESULTS / "device_launches.csv") if row["r"] == 16 and row["kernel"][0] == "_"]
+    lines: dict[str, Row] = {}
+    for row in rows:
+        if row["optimizer"] in ("GritKFAC", "GritKFAC(outer_rank=0)"):
+            share = f" ({100 * row['share_of_copy']:.0f} %)" if row["share_of_copy"] is not None else ""
+            line = lines.setdefault(row["kernel"], {"kernel": f"`{row['kernel']}`"})
+            line[f"`{row['optimizer']}`, µs"] = f"{row['us']:.0f}{share}"
+    return list(lines.values())
+
+
+def device_others_table() -> list[Row]:
+    """Return a line an optimizer with factors of whole matrices: a step on one block of Qwen2.5-0.5B, on a device."""
+    return [
+        {"optimizer": row["optimizer"], "mean, ms": number(row["mean_ms"], 1), "ratio": f"{row['ratio']:.0f}"}
+        for row in read_csv(RESULTS / "device_heavy.csv")
+    ]
+
+
 def _ratio(row: Row | None) -> str:
     if row is None:
         return ""
@@ -335,6 +376,9 @@ def main() -> None:
         "step time, hooks": lambda: step_time_table("capture", "pairs"),
         "growth": growth_table,
         "memory": memory_table,
+        "device steps": device_steps_table,
+        "device launches": device_launches_table,
+        "device others": device_others_table,
     }
     bodies = {}
     out = ["# Tables of the benchmarks\n", "Written by `python benchmarks/report.py` from the CSVs beside this file.\n"]

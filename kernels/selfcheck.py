@@ -31,8 +31,8 @@ def run(reference: Mapping[str, Op], device: torch.device) -> Iterator[tuple[str
 def agrees(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device, k: int = 0) -> bool:
     """Return whether the kernel compiles, runs and gives what ``reference`` gives; once per process and arguments.
 
-    The problem of an update, and of their map, has ``k`` directions of outer factors. ``name`` may also be `PLAN`: what a plan does
-    besides its steps (``nonfinite_``, ``grams``, ``transform_``). Its reference is in here.
+    The problem of an update, and of their map, has ``k`` directions of outer factors. ``name`` may also be `PLAN`: what
+    a plan does besides its steps (``nonfinite_``, ``grams``, ``transform_``). Its reference is in here.
     """
     try:
         found = error(name, reference, r, dtype, device, k)
