@@ -147,8 +147,8 @@ def outer(L: int, r: int, k: int, d: int, device: str) -> Iterator[Work]:
     yield "outer_products", "torch", wide * (r + k), lambda: [G[:L] @ V.mT, G[L:] @ V.mT, G @ G.mT]
     yield "outer_map", "kernel", small, lambda: kernels.OPS["outer_map"](*numbers)
     yield "outer_map", "reference", small, lambda: REFERENCE["outer_map"](*numbers)
-    # beside the 36 of "polar": G and V are read, and V and what the rule reads in place of G are written
-    yield "polar_update, outer factors", "plan", wide * (9 * r + 2 * (r + k)), step
+    # beside the 36 of "polar" V is read and written
+    yield "polar_update, outer factors", "plan", wide * (9 * r + 2 * k), step
 
 
 def moments(r: int, tokens: int, device: str) -> Iterator[Work]:

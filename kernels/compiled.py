@@ -25,6 +25,7 @@ MODES = {
     name: getattr(update_tiles, name.upper())
     for name in ("adam", "eigen", "whiten", "moments", "graft", "rows", "polar")
 }
+LEAST = 8  # registers of a kernel that does anything
 TYPE_NAMES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
 
@@ -68,6 +69,8 @@ class Built:
         """Return "fits", or what does not."""
         if self.error:
             return "does not compile: " + self.error
+        if self.target.startswith("sm_") and self.registers < LEAST:
+            return "compiles to a trap"
         if self.shared > launch.SHARED_LIMIT[self.target]:
             return "does not fit: shared memory"
         return "fits" if self.stack <= self.case.config.stack else "spills"

@@ -2,8 +2,9 @@
 
 There is no autotuning: most kernels work in place, and a tuner replays what it times. The table below is the only
 place where a tile, a warp count or a number of stages is written; the launchers, the compile report
-(``python -m curvopt.kernels``) and the tests all read it. It was chosen by compiling: the largest tile that fits the
-shared memory of every target without spilling registers.
+(``python -m curvopt.kernels``) and the tests all read it. At rank 16 it was chosen by measuring on an H200 (the part
+"sweep" of benchmarks/device.py), elsewhere by compiling: the largest tile that fits the shared memory of every target
+without spilling registers.
 """
 
 import struct
@@ -63,7 +64,7 @@ TABLE: dict[tuple[str, int], Config] = {
     ("eigenbasis", 32): Config(warps=4),
     ("eigenbasis", 64): Config(warps=8),
     ("eigenbasis", 128): Config(warps=16, stack=320),
-    # at 16 the products are few, and operands of matrix units take a quarter of the shared loads of multiply-adds
+    # operands of matrix units take a quarter of the shared loads of multiply-adds
     ("update", 16): Config(block=64, warps=2, precision="tf32x3"),
     ("update", 32): Config(block=32, warps=4, precision="tf32x3"),
     ("update", 64): Config(block=32, warps=4, precision="tf32x3"),
@@ -127,6 +128,8 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("outer", 64, "gfx942"): Config(block=32, warps=8, group=16),
     ("outer", 128, "gfx942"): Config(block=16, warps=8, group=64),
     ("outer", 16, "sm_100"): Config(block=32, warps=2, group=8, precision="tf32x3"),
+    # two sums of 128×128 do not fit the tensor memory, and triton 3.7 then compiles to a trap
+    ("outer", 128, "sm_100"): Config(block=16, warps=8, group=64),
     ("outer_map", 128, "gfx942"): None,  # keeps 600 bytes of stack
     ("root", 64, "gfx942"): Config(block=32, warps=8),
     ("root", 128, "gfx942"): Config(block=32, warps=8),
@@ -136,7 +139,7 @@ EXCEPTIONS: dict[tuple[str, int, str], Config | None] = {
     ("gram32", 128, "gfx942"): Config(block=32, warps=8),
 }
 
-# what else compiles for sm_90 without spilling and might be faster: for benchmarks to try, never launched otherwise
+# what else compiles for sm_90 and might be faster elsewhere: for benchmarks to try, never launched otherwise
 ALTERNATIVES: dict[tuple[str, int], tuple[Config, ...]] = {
     ("polar", 16): (
         Config(block=32, warps=1, group=8, precision="tf32x3"),
