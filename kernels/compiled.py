@@ -69,10 +69,10 @@ class Built:
         """Return "fits", or what does not."""
         if self.error:
             return "does not compile: " + self.error
-        if self.target.startswith("sm_") and self.registers < LEAST:
-            return "compiles to a trap"
         if self.shared > launch.SHARED_LIMIT[self.target]:
             return "does not fit: shared memory"
+        if self.target.startswith("sm_") and self.registers < LEAST:
+            return "compiles to a trap"
         return "fits" if self.stack <= self.case.config.stack else "spills"
 
 

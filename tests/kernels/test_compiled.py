@@ -90,6 +90,14 @@ def test_what_is_too_large_is_reported():
     assert compiled.build(large, "sm_80").verdict == "does not fit: shared memory"
 
 
+def test_a_trap_is_reported():
+    """Two sums of 128×128 in tensor memory, more than there is: the compiler need not raise anything."""
+    case = find("sm_100", "outer r=128 k=128 g=fp32")
+    careless = replace(case, constants={**case.constants, "PREC": "tf32x3"})
+    assert compiled.build(careless, "sm_100").verdict != "fits"
+    assert compiled.Built(case, "sm_100", registers=4).verdict == "compiles to a trap"
+
+
 def test_spills_are_reported():
     case = find("sm_90", "update eigen r=32 p=fp32")
     assert compiled.build(replace(case, constants={**case.constants, "BD": 256}), "sm_90").verdict == "spills"
