@@ -143,7 +143,7 @@ def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
     # with outer factors: the larger of r and k is the padded rank
     variants += [(16, rp, *("fp32",) * 4), (rp, rp, *("fp32",) * 4)]
     for r, k, p, g, s, u in dict.fromkeys(variants):
-        own = {"T": c.group, "BD": c.block, "UB": 64, "ALIGN": True, "PREC": c.precision, "GRAM": c.gram or c.precision}
+        own = {"T": c.group, "BD": c.block, "UB": 64, "ALIGN": True, "PREC": c.precision}
         own |= {"GT": TYPE_NAMES[g], "ST": TYPE_NAMES[s], "UT": TYPE_NAMES[u], "HAS_K": True, **_widths(r, k)}
         yield Case(
             op,
@@ -154,7 +154,7 @@ def _polar(op: str, rp: int, c: launch.Config) -> Iterator[Case]:
             c,
         )
     own = {"STRIDE": 1, "T": c.group, "R": rp, "RP": rp, "BD": c.block, "ALIGN": True}
-    own |= {"PREC": c.gram or c.precision}
+    own |= {"PREC": c.precision}
     for g in ("fp32", "bf16"):
         given = {"parts": I32, "addresses": I64, "meta": I32, "grams": F32}
         yield Case(op, f"grams r={rp} {g}", whole._grams, given, own | {"XT": TYPE_NAMES[g]}, c)

@@ -36,7 +36,6 @@ class Config:
         stages: software pipelining depth of the loads.
         group: matrices per program, or tiles.
         precision: of products of float32 operands; never plain tf32.
-        gram: that of Gram matrices, if another.
         stack: bytes of stack a thread may take.
     """
 
@@ -45,7 +44,6 @@ class Config:
     stages: int = 1
     group: int = 1
     precision: str = "ieee"
-    gram: str = ""
     stack: int = 16
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import launch, polar, tables
 from .update_tiles import LENGTH, META, SIDE_OF, _dot, _places
+from .whole import _raise
 
 
 @triton.jit
@@ -59,9 +60,7 @@ def _look(
             at, inside, _ = _places(begin + n * BD, D, SIDE, R, RP, BD)
             g = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
             bad += tl.sum(tl.sum(tl.where(tl.abs(g) < float("inf"), 0, 1), 1), 0)
-        if bad > 0:
-            # by the bits of 1.0, which are ordered as the numbers are
-            tl.atomic_max(flag.to(tl.pointer_type(tl.int32), bitcast=True), 0x3F800000, sem="relaxed")
+        _raise(flag, bad)
 
 
 @triton.jit

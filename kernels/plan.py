@@ -58,9 +58,9 @@ class UpdatePlan:
         self.hyper, self.damping = first.hyper, getattr(first, "damping", 0.1)
         self._modes = MODES[rule]
         self._r = r = first.exp_avg.shape[first.rank_dim]
-        self._rp = rp = launch.padded(r, 16)
+        self._rp = launch.padded(r, 16)
         k = first.basis.shape[first.rank_dim] if has(first, "basis") else 0
-        widest = max(rp, launch.padded(k, 16) if k else 0)
+        widest = launch.padded(max(r, k), 16)
         self._device = device = first.exp_avg.device
         self._step = first.step
         self._dtypes = (first.params[0].dtype, first.grads[0].dtype, first.exp_avg.dtype)
@@ -191,7 +191,7 @@ class UpdatePlan:
             polar._advance, (parts.count,), parts.table, self._fixed, *reads, self._meta, self._scalars,
             self._steps, self._grams,
             T=self._group, BD=c.block, UB=self._c.block, UT=launch.TYPES[self._steps.dtype], PREC=c.precision,
-            GRAM=c.gram or c.precision, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **constants,
+            ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **constants,
         )  # fmt: skip
         grams = parts.sums(self._grams, self._totals)
         count = self._coefficients.follow(self.damping)
@@ -214,7 +214,7 @@ class UpdatePlan:
         launch.run(
             whole._grams, (parts.count,), parts.table, self._gradients if gradients else self._fixed, self._meta, out,
             STRIDE=1 if gradients else FIXED.value, T=self._group, R=r, RP=self._rp, BD=c.block,
-            XT=launch.TYPES[self._dtypes[1 if gradients else PARAM.value]], PREC=c.gram or c.precision,
+            XT=launch.TYPES[self._dtypes[1 if gradients else PARAM.value]], PREC=c.precision,
             ALIGN=self._align if gradients else self._straight, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         return parts.sums(out)

@@ -54,7 +54,7 @@ from .update_tiles import (
 def _part(
     g_ptr, m_ptr, v_ptr, V, maps, k, scalars, steps, gram, begin, D, width,
     SIDE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr,
+    KP: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Advance T tiles of a matrix from column ``begin`` on; write their u, rows ``width`` apart, and ``gram``."""
     # before the loop: loads are not moved out of it, since what it stores might be what they read
@@ -71,7 +71,7 @@ def _part(
         m, v = _moments(m_ptr, v_ptr, at, inside, alive, z, lerp, b2, rest2, ST)
         u = tl.where(alive, m / (tl.sqrt(v) * root + eps), 0.0)
         tl.store(steps + to, u.to(UT), mask=inside)
-        G = _dot(tl.trans(u), u, G, GRAM)
+        G = _dot(tl.trans(u), u, G, PREC)
     i, j = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
     tl.store(gram + i * R + j, G, mask=(i < R) & (j < R))
 
@@ -80,7 +80,7 @@ def _part(
 def _advance(
     parts, fixed, gradients, bases, maps, meta, scalars, steps, grams,
     T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, UB: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr, GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr, GRAM: tl.constexpr,
+    KP: tl.constexpr, GT: tl.constexpr, ST: tl.constexpr, UT: tl.constexpr, PREC: tl.constexpr,
     HAS_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Run `_part` for ``parts[pid]`` = (tensor, block of T tiles); tables as for `update_tiles._update`.
@@ -110,12 +110,12 @@ def _advance(
         if tl.load(info + SIDE_OF) == 1:
             _part(
                 g_ptr, m_ptr, v_ptr, V, map_, k, scalars, own, gram, begin, D, width,
-                1, T, R, RP, BD, K, KP, ST, UT, PREC, GRAM,
+                1, T, R, RP, BD, K, KP, ST, UT, PREC,
             )  # fmt: skip
         else:
             _part(
                 g_ptr, m_ptr, v_ptr, V, map_, k, scalars, own, gram, begin, D, width,
-                2, T, R, RP, BD, K, KP, ST, UT, PREC, GRAM,
+                2, T, R, RP, BD, K, KP, ST, UT, PREC,
             )  # fmt: skip
 
 

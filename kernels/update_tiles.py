@@ -9,7 +9,7 @@ launch (MOMENTS) writes moments and partial norms, a second one (GRAFT), in whic
 up in the same order, the parameters. ROWS is Adam with δ_i = −q_i (lr/c₁) m / (√v/√c₂ + ε/q_i) in direction i, q_i
 being MatryoshkaLoRA's diagonal. POLAR only takes p ← p (1 − lr·wd) + M δ here; M and δ are made by `polar` and `root`.
 In front runs one program that advances the step and computes what the tiles multiply with. With outer factors, what
-reads the gradient takes what `outer._mapped` makes of it.
+reads the gradient takes what `_gradient` makes of it.
 
 A tile is columns first, ``[BD, RP]``, whatever its storage: one way through for A and B, whose addresses alone differ,
 and products whose first dimension is the tile's.

@@ -14,7 +14,7 @@ below k stays there. Several programs may find something non-finite: the flag is
 import triton
 import triton.language as tl
 
-from .update_tiles import EXP_AVG, EXP_AVG_SQ, FIXED, LENGTH, META, PARAM, SIDE_OF, _dot, _entries, _places
+from .update_tiles import EXP_AVG, EXP_AVG_SQ, FIXED, LENGTH, META, PARAM, SIDE_OF, _dot, _entries, _places, _slice
 
 
 @triton.jit
@@ -27,7 +27,13 @@ def _nonfinite(runs, gradients, sizes, flag, GT: tl.constexpr, BLOCK: tl.constex
         g_ptr, size = tl.multiple_of(g_ptr, 16), tl.multiple_of(size, 16)
     e = tl.multiple_of(tl.load(runs + 2 * tl.program_id(0) + 1) * BLOCK, BLOCK) + tl.arange(0, BLOCK)
     x = tl.load(g_ptr + e, mask=e < size, other=0.0).to(tl.float32)
-    if tl.sum(tl.where(tl.abs(x) < float("inf"), 0, 1), 0) > 0:
+    _raise(flag, tl.sum(tl.where(tl.abs(x) < float("inf"), 0, 1), 0))
+
+
+@triton.jit
+def _raise(flag, bad):
+    """Flag ← 1 if ``bad`` is more than 0."""
+    if bad > 0:
         # by the bits of 1.0, which are ordered as the numbers are
         tl.atomic_max(flag.to(tl.pointer_type(tl.int32), bitcast=True), 0x3F800000, sem="relaxed")
 
@@ -82,12 +88,10 @@ def _mapped(
     at, inside, i = _places(d0, D, SIDE, R, RP, BD)
     if HAS_M:
         Y = tl.zeros([BD, RP], tl.float32)
-        row, c, j = tl.arange(0, RP)[None, :], tl.arange(0, C), d0 + tl.arange(0, BD)[:, None]
         for n in range(RP // C):
-            q = (n * C + c)[None, :]
-            part = q * D + j if SIDE == 1 else j * R + q
-            x = tl.load(X + part, mask=(q < R) & (j < D), other=0.0).to(tl.float32)
-            m = _entries(M, (n * C + c)[:, None], row, True, R)
+            part, held, _ = _slice(d0, D, n * C, SIDE, R, C, BD)
+            x = tl.load(X + part, mask=held, other=0.0).to(tl.float32)
+            m = _entries(M, n * C + tl.arange(0, C)[:, None], tl.arange(0, RP)[None, :], True, R)
             Y = _dot(x, m * m if SQUARED else m, Y, PREC)
         tl.debug_barrier()  # other warps read what this one writes
     else:
