@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from curvopt.functional import inverse, moments, nested, outer
+from curvopt.functional import compute_dtype, inverse, moments, nested, outer
 from curvopt.functional.plan import ReferencePlan
 from curvopt.functional.update import RULES
 
@@ -42,6 +42,8 @@ BACKENDS = get_args(Backend)
 class Plan(Protocol):
     """What a bucket's step is made of; see `functional.plan.ReferencePlan` for the meaning of each."""
 
+    outer_map: Callable[..., Any]
+
     def load(self, grads: Sequence[Tensor]) -> bool: ...  # noqa: D102
     def nonfinite_(self, flag: Tensor) -> None: ...  # noqa: D102
     def grams(self, of: str) -> Tensor: ...  # noqa: D102
@@ -49,7 +51,6 @@ class Plan(Protocol):
     def take_outer(self, M: Tensor) -> None: ...  # noqa: D102
     def transform_(self, of: str, M: Tensor | None, k: Tensor | None, found_inf: Tensor) -> None: ...  # noqa: D102
     def step(self, found_inf: Tensor) -> None: ...  # noqa: D102
-    def release(self) -> None: ...  # noqa: D102
 
 
 class Ops:
@@ -79,13 +80,7 @@ class Ops:
             return REFERENCE[name](*args, **kwargs)
         rank = sample.shape[-1] if isinstance(first, Tensor) else sample.shape[first.rank_dim]
         rows = args[2][0] if name == "gram_add_" else sample  # sums are float32, whatever the rows are
-        k = 0
-        if name == "outer_map":  # products [T, r, r + k]
-            rank, k = sample.shape[1], rank - sample.shape[1]
-        if _kernels().supports(name, *args, **kwargs) and self.trusts(name, rank, rows, k):
-            return _kernels().OPS[name](*args, **kwargs)
-        self.fallbacks.add(name)
-        return REFERENCE[name](*args, **kwargs)
+        return self._chosen(name, rank, rows, 0, *args, **kwargs)(*args, **kwargs)
 
     def plan(self, rule: str, slabs: Sequence[Any]) -> Plan:
         """Return what runs ``rule`` on a bucket's slabs, for as long as parameters and state stay where they are.
@@ -94,17 +89,31 @@ class Ops:
             rule: a key of `RULES`, or ``"row"``.
             slabs: matrices of one rank and dtype that share ``step`` and ``hyper``.
         """
-        sample = slabs[0].exp_avg
-        if self._on_kernels(sample):
-            name = f"{rule}_update"
-            basis = getattr(slabs[0], "basis", None)  # rows have none
-            dim = slabs[0].rank_dim
-            k = 0 if basis is None else basis.shape[dim]
-            if _kernels().plan_supports(rule, slabs) and self.trusts(name, sample.shape[dim], sample, k):
-                made: Plan = _kernels().UpdatePlan(rule, slabs)
-                return made
-            self.fallbacks.add(name)
-        return ReferencePlan(UPDATES[rule], slabs)
+        s = slabs[0]
+        basis = getattr(s, "basis", None)  # rows have none
+        r, k = s.exp_avg.shape[s.rank_dim], 0 if basis is None else basis.shape[s.rank_dim]
+        on_kernels, name = self._on_kernels(s.exp_avg), f"{rule}_update"
+        fits = on_kernels and _kernels().plan_supports(rule, slabs)
+        if fits and self.trusts(name, r, s.exp_avg, k) and self.trusts("plan", r, s.exp_avg, k):
+            made: Plan = _kernels().UpdatePlan(rule, slabs)
+        else:
+            if on_kernels:
+                self.fallbacks.add(name)
+            made = ReferencePlan(UPDATES[rule], slabs)
+        made.outer_map = outer.outer_map
+        if k and on_kernels:
+            like = {"dtype": compute_dtype(s.exp_avg.dtype), "device": s.exp_avg.device}
+            given = [torch.zeros(shape, **like) for shape in ((1, r, r + k), (1, k), (1,), (1,))]
+            made.outer_map = self._chosen("outer_map", r, given[0], k, *given, 0.9, s.damping, torch.zeros((), **like))
+        return made
+
+    def _chosen(self, name: str, rank: int, sample: Tensor, k: int, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Return the kernel of an op if it takes these arguments, else the reference."""
+        if _kernels().supports(name, *args, **kwargs) and self.trusts(name, rank, sample, k):
+            kernel: Callable[..., Any] = _kernels().OPS[name]
+            return kernel
+        self.fallbacks.add(name)
+        return REFERENCE[name]
 
     def _on_kernels(self, sample: Tensor) -> bool:
         return self.backend != "torch" and on_device(sample) and bool(_kernels().OPS)
@@ -112,12 +121,13 @@ class Ops:
     def trusts(self, name: str, rank: int, sample: Tensor, k: int = 0) -> bool:
         """Return whether the kernel has shown on this device, rank and dtype that it does what the reference does.
 
-        For updates, and for the map of outer factors: with ``k`` directions of them.
+        For updates, for ``"plan"``, which is what a plan does besides, and for the map of outer factors: with ``k``
+        directions of them.
         """
         if self.backend == "triton":
             return True
         selfcheck = importlib.import_module("curvopt.kernels.selfcheck")
-        return bool(selfcheck.agrees(name, REFERENCE[name], rank, sample.dtype, sample.device, k))
+        return bool(selfcheck.agrees(name, REFERENCE.get(name), rank, sample.dtype, sample.device, k))
 
 
 def on_device(sample: Tensor) -> bool:

@@ -61,7 +61,7 @@ def _fits(rule: str, s: Any, device: torch.device) -> bool:
     return (
         not has(s, "reduce")  # pieces of matrices: their norms need the other processes
         and 0 < r <= launch.MAX_RANK
-        and launch.config("update", launch.padded(min(widest, launch.MAX_RANK), 16)) is not None
+        and _shipped(rule, r, min(widest, launch.MAX_RANK), bool(bases))
         and 0 < s.exp_avg[0].numel() < 2**31
         and s.exp_avg.dtype == s.exp_avg_sq.dtype
         and all(t.device == device for t in (s.exp_avg, *small, *ranks))
@@ -75,6 +75,15 @@ def _fits(rule: str, s: Any, device: torch.device) -> bool:
         and (not on_device(s.hyper.lr) or _scalar(s.hyper.lr, device))
         and (rule != "polar" or inverse.damps(s.damping, device))
     )  # fmt: skip
+
+
+def _shipped(rule: str, r: int, widest: int, outer: bool) -> bool:
+    """Return whether this device has all kernels of a plan."""
+    wide = launch.padded(widest, 16)
+    needs = [("update", wide), ("polar", wide), ("nonfinite", 0), ("total", 0)]
+    needs += [("root", launch.padded(r, 16))] if rule == "polar" else []
+    needs += [("outer", wide)] if outer else []
+    return all(launch.config(op, rp) is not None for op, rp in needs)
 
 
 def _spans(s: Any, V: Tensor) -> bool:

@@ -203,6 +203,11 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
         args: run-time arguments.
         constants: compile-time arguments, and ``num_warps`` and ``num_stages``.
     """
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # triton launches on the current one
+            run(kernel, grid, *args, **constants)
+        return
     if not _KEEPS:
         kernel[grid](*args, **constants)
         return

@@ -194,16 +194,16 @@ def gram_add_(
 def ema_(S: Tensor, S_new: Tensor, t: Tensor, decay: float, found_inf: Tensor | None = None) -> Tensor:
     """Take one observation per pair into the bias-corrected averages, in place; arguments as the reference."""
     L, r = S.shape[0], S.shape[-1]
-    took = S.new_empty(L, dtype=torch.int8)
+    took = S.new_empty(L, dtype=torch.bool)
     rp = launch.padded(r, 4)
     c = launch.config("average", rp)
     assert c is not None
     log = math.log(decay) if decay > 0 else -1e30
     launch.run(
-        _average, (L,), S, S_new, t, took, S.new_zeros(()) if found_inf is None else found_inf,
+        _average, (L,), S, S_new, t, took.view(torch.int8), S.new_zeros(()) if found_inf is None else found_inf,
         *launch.split(1.0 - decay), *launch.split(log), R=r, RP=rp, num_warps=c.warps,
     )  # fmt: skip
-    return took.bool()
+    return took
 
 
 def supports_gram(z: Tensor) -> bool:

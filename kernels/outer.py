@@ -94,6 +94,7 @@ class Outer:
 
     Attributes:
         k: directions of a basis.
+        maps_shape: that of the maps of a step, ``[T, R + K, R + K]``.
         bases: ``[T]`` where the bases are.
         straight: whether they are aligned to 16 bytes.
     """
@@ -107,13 +108,12 @@ class Outer:
         c = launch.shipped("outer", max(self._rp, self._kp))
         self._c, self._type = c, launch.TYPES[first.basis.dtype]
         lengths = tuple(s.exp_avg.shape[3 - s.rank_dim] for s in slabs for _ in s.params)
-        self._count = len(lengths)
+        self.maps_shape = (len(lengths), self._r + self.k, self._r + self.k)
         self._group = min(c.group, launch.padded(-(-max(lengths) // c.block), 1))
         self.parts = polar.Parts(lengths, c.block, self._group, self._r * (self._r + self.k), device)
         bases = [a for s in slabs for a in tables.addresses(s.basis)]
         self.bases = tables.upload(bases, torch.int64, device)
         self.straight = all(a % 16 == 0 for a in bases)
-        self._maps: Tensor | None = None
 
     def products(self, gradients: Tensor, dtype: torch.dtype, align: bool, flag: Tensor | None = None) -> Tensor:
         """Return [G Gᵀ | G Vᵀ] ``[T, R, R + K]`` of the gradients at these addresses.
@@ -130,22 +130,3 @@ class Outer:
             num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         return self.parts.sums(out)
-
-    def take(self, maps: Tensor) -> None:
-        """Take the maps ``[T, R + K, R + K]`` of the next step."""
-        n = self._r + self.k
-        if maps.shape != (self._count, n, n) or not launch.plain([maps], (torch.float32,)):
-            need = f"contiguous float32 of shape {(self._count, n, n)}"
-            raise ValueError(f"maps must be {need}, got {maps.dtype} {tuple(maps.shape)}")
-        self._maps = maps
-
-    def taken(self) -> Tensor:
-        """Return the maps of this step; each ``take`` is used once.
-
-        Raises:
-            RuntimeError: no maps were taken since the last step.
-        """
-        if self._maps is None:
-            raise RuntimeError("a plan with outer factors needs take_outer before every step")
-        maps, self._maps = self._maps, None
-        return maps

@@ -16,6 +16,9 @@ nothing is changed in place. Entries of a matrix are read by other threads than 
 before what reads it.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -151,15 +154,22 @@ def outer_map(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the reference returns; tensors β and λ are read on the device."""
     T, r, n = products.shape
-    rp, kp = launch.padded(r, 16), launch.padded(n - r, 16)
-    c = launch.shipped("outer_map", max(rp, kp))
     made = products.new_empty(T, n, n), torch.empty_like(mu), torch.empty_like(trace)
     launch.run(
         _outer_map, (T,), products, mu, trace, d, found_inf, decay, damping, *made,
-        R=r, K=n - r, RP=rp, KP=kp, DECAY_ON_DEVICE=isinstance(decay, Tensor),
-        DAMPING_ON_DEVICE=isinstance(damping, Tensor), PREC=c.precision, num_warps=c.warps, num_stages=c.stages,
+        DECAY_ON_DEVICE=isinstance(decay, Tensor), DAMPING_ON_DEVICE=isinstance(damping, Tensor),
+        **_constants(r, n - r, launch.here()),
     )  # fmt: skip
     return made
+
+
+@lru_cache(maxsize=64)
+def _constants(r: int, k: int, target: str) -> dict[str, Any]:
+    """Return what the kernel takes of these widths and the configuration of a target."""
+    rp, kp = launch.padded(r, 16), launch.padded(k, 16)
+    c = launch.shipped("outer_map", max(rp, kp))
+    widths = {"R": r, "K": k, "RP": rp, "KP": kp}
+    return {**widths, "PREC": c.precision, "num_warps": c.warps, "num_stages": c.stages}
 
 
 def supports(

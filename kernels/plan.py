@@ -19,14 +19,14 @@ and the plan must outlive the graph.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import launch, outer, polar, root, tables, whole
+from . import launch, outer, outer_map, polar, root, tables, whole
 from .buckets import MODES, has, plan_supports
 from .update_tiles import FIXED, PARAM, SCALARS, _prepare, _update
 
@@ -45,6 +45,7 @@ class UpdatePlan:
     Attributes:
         hyper: learning rate, betas, eps, decay, maximize; replace or change it between steps.
         damping: λ of "polar", likewise; a number or a 0-d tensor that is read on the device.
+        outer_map: the op that makes the maps of the outer factors.
 
     Raises:
         ValueError: `plan_supports` refuses the bucket.
@@ -82,10 +83,16 @@ class UpdatePlan:
         self._fixed = tables.upload(fixed, torch.int64, device)
         self._has_m = any(fixed[3 :: FIXED.value])
         self._has_k = any(fixed[4 :: FIXED.value])
+        self._constants = {
+            "K": k, "KP": launch.padded(k, 16), "R": r, "RP": self._rp, "HAS_K": self._has_k,
+            "GT": launch.TYPES[self._dtypes[1]], "ST": launch.TYPES[self._dtypes[2]],
+        }  # fmt: skip
         self._straight = all(a % 16 == 0 for n in range(3) for a in fixed[n :: FIXED.value])
         self._straight = self._straight and all(n % 16 == 0 for n in self._lengths)
         self._outer = outer.Outer(slabs, self._meta) if k else None
+        self.outer_map: Callable[..., Any] = outer_map.outer_map
         self._products: Tensor | None = None
+        self._maps: Tensor | None = None
         if self._outer is not None:
             self._straight = self._straight and self._outer.straight
         self._scalars = torch.zeros(SCALARS.value, dtype=torch.float32, device=device)
@@ -111,7 +118,7 @@ class UpdatePlan:
             self._grams = torch.empty(self._parts.count, r, r, dtype=torch.float32, device=device)
             self._totals = torch.empty(self._count, r, r, dtype=torch.float32, device=device)
             self._partials = torch.empty_like(self._totals)
-            self._constants = root.constants_of(r)
+            self._root = root.constants_of(r)
             self._work = root.workspace(self._count, r, self._totals)
             self._coefficients = root.Coefficients(r, device)
         # everything of a step that is uploaded is uploaded here, so that the first step may be captured after `load`
@@ -143,9 +150,6 @@ class UpdatePlan:
             self._captured.append(self._gradients)  # the graph reads it at every replay
         return True
 
-    def release(self) -> None:
-        """Let go of the gradients, of which a plan keeps addresses alone."""
-
     def nonfinite_(self, flag: Tensor) -> None:
         """Set ``flag``, 0-d float32, to one if any gradient is not finite; leave it else."""
         if self._outer is not None:  # the pass that makes their products has to read the gradients anyway
@@ -159,7 +163,12 @@ class UpdatePlan:
 
     def step(self, found_inf: Tensor) -> None:
         """Take the rule's step with the gradients loaded last; nothing changes where ``found_inf`` (0-d) is not 0."""
-        h = self.hyper
+        h, reads = self.hyper, (self._gradients, self._gradients, self._scalars)
+        if self._outer is not None:
+            if self._maps is None:
+                raise RuntimeError("a plan with outer factors needs take_outer before every step")
+            reads = (self._gradients, self._outer.bases, self._maps)
+            self._maps = None
         lr_on_device = isinstance(h.lr, Tensor) and h.lr.device == self._device
         logs = [launch.split(math.log(max(float(beta), 1e-300))) for beta in (h.beta1, h.beta2)]
         launch.run(
@@ -167,38 +176,32 @@ class UpdatePlan:
             *logs[0], *logs[1], 1.0 - float(h.beta1), float(h.beta2), 1.0 - float(h.beta2), float(h.eps),
             float(h.weight_decay), -1.0 if h.maximize else 1.0, LR_ON_DEVICE=lr_on_device, num_warps=1,
         )  # fmt: skip
-        k, bases, maps = 0, self._gradients, self._scalars
-        if self._outer is not None:
-            k, bases, maps = self._outer.k, self._outer.bases, self._outer.taken()
-        reads = (self._gradients, bases, maps)
-        widths = {"K": k, "KP": launch.padded(k, 16), "R": self._r, "RP": self._rp, "HAS_K": self._has_k}
-        dtypes = {"GT": launch.TYPES[self._dtypes[1]], "ST": launch.TYPES[self._dtypes[2]]}
         if self._modes == MODES["polar"]:
-            self._equalise(reads, widths | dtypes)
+            self._equalise(reads)
         c = self._c
         for mode in self._modes:
             launch.run(
                 _update, (len(self._tiles) // 2,), self._tiles, self._fixed, *reads, self._meta,
                 self._scalars, self._partials, self._steps,
                 MODE=mode.value, BD=c.block, NP=self._most, PT=launch.TYPES[self._dtypes[0]], PREC=c.precision,
-                HAS_M=self._has_m, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **widths, **dtypes,
+                HAS_M=self._has_m, ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **self._constants,
             )  # fmt: skip
 
-    def _equalise(self, reads: tuple[Tensor, Tensor, Tensor], constants: dict[str, Any]) -> None:
+    def _equalise(self, reads: tuple[Tensor, Tensor, Tensor]) -> None:
         """Advance the moments, write u, and make the matrices that act on it."""
         parts, c, r = self._parts, self._summing, self._r
         launch.run(
             polar._advance, (parts.count,), parts.table, self._fixed, *reads, self._meta, self._scalars,
             self._steps, self._grams,
             T=self._group, BD=c.block, UB=self._c.block, UT=launch.TYPES[self._steps.dtype], PREC=c.precision,
-            ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **constants,
+            ALIGN=self._align, num_warps=c.warps, num_stages=c.stages, **self._constants,
         )  # fmt: skip
         grams = parts.sums(self._grams, self._totals)
         count = self._coefficients.follow(self.damping)
         launch.run(
             root._equalise, (self._count,), grams, self._fixed, self._coefficients.values, self._coefficients.damping,
             self._work, self._partials,
-            HAS_K=self._has_k, ON_DEVICE=self._coefficients.on_device, STAGES=count, R=r, **self._constants,
+            HAS_K=self._has_k, ON_DEVICE=self._coefficients.on_device, STAGES=count, R=r, **self._root,
         )  # fmt: skip
 
     def grams(self, of: str) -> Tensor:
@@ -210,6 +213,8 @@ class UpdatePlan:
             raise ValueError(f'of must be "gradients" or "params", got {of!r}')
         parts, c, r = self._parts, self._summing, self._r
         gradients = of == "gradients"
+        if gradients and self._products is not None:  # made when the gradients were looked at
+            return self._products[:, :, :r].contiguous()
         out = torch.empty(parts.count, r, r, dtype=torch.float32, device=self._device)
         launch.run(
             whole._grams, (parts.count,), parts.table, self._gradients if gradients else self._fixed, self._meta, out,
@@ -224,14 +229,16 @@ class UpdatePlan:
         if self._products is not None:  # since the gradients were looked at
             made, self._products = self._products, None
             return made
-        return self._outer_factors.products(self._gradients, self._dtypes[1], self._align)
+        return self._with_outer().products(self._gradients, self._dtypes[1], self._align)
 
     def take_outer(self, M: Tensor) -> None:
-        """Take M ``[T, r + k, r + k]`` of `curvopt.functional.outer` in the next step."""
-        self._outer_factors.take(M)
+        """Take M ``[T, r + k, r + k]`` of `curvopt.functional.outer` in the next step, and in that alone."""
+        shape = self._with_outer().maps_shape
+        if M.shape != shape or not launch.plain([M], (torch.float32,)):
+            raise ValueError(f"M must be contiguous float32 of shape {shape}, got {M.dtype} {tuple(M.shape)}")
+        self._maps = M
 
-    @property
-    def _outer_factors(self) -> outer.Outer:
+    def _with_outer(self) -> outer.Outer:
         if self._outer is None:
             raise ValueError("the slabs of this plan have no basis of outer factors")
         return self._outer

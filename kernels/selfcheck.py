@@ -32,7 +32,8 @@ def agrees(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: 
     """Return whether the kernel compiles, runs and gives what ``reference`` gives; once per process and arguments.
 
     The problem of an update, and of their map, has ``k`` directions of outer factors. ``name`` may also be `PLAN`: what
-    a plan does besides its steps (``nonfinite_``, ``grams``, ``transform_``). Its reference is in here.
+    a plan does besides its steps (``nonfinite_``, ``outer_products``, ``grams``, ``transform_``). Its reference is in
+    here.
     """
     try:
         found = error(name, reference, r, dtype, device, k)
@@ -53,7 +54,7 @@ def allowed(name: str, dtype: torch.dtype) -> float:
 def error(name: str, reference: Op | None, r: int, dtype: torch.dtype, device: torch.device, k: int = 0) -> float:
     """Return the largest difference of kernel and reference on the op's problem, relative to the largest entry."""
     if name == PLAN:
-        got, want = (part.double() for part in _plan(r, dtype, device))
+        got, want = (part.double() for part in _plan(r, dtype, device, k))
     else:
         assert reference is not None
         got, want = (outcome(name, op, r, dtype, device, k).double() for op in (OPS[name], reference))
@@ -100,16 +101,19 @@ def outcome(name: str, op: Op, r: int, dtype: torch.dtype, device: torch.device,
     return torch.cat([X.float().flatten() for X in changed])
 
 
-def _plan(r: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _plan(r: int, dtype: torch.dtype, device: torch.device, k_outer: int) -> tuple[Tensor, Tensor]:
     """Return what the ops on whole buckets make of a problem, and what torch makes of it, each as one vector."""
-    slabs = [_slab(side, 3, r, 96, dtype, device) for side in (1, 2)]
+    d = max(96, 2 * k_outer)
+    slabs = [_slab(side, 3, r, d, dtype, device, k_outer) for side in (1, 2)]
     slabs[1].step = slabs[0].step
     plan = UpdatePlan("eigen", slabs)
     grads = [g for s in slabs for g in s.grads]
     flags = torch.zeros(2, device=device)
     plan.load(grads)
+    sums = [plan.grams("gradients"), plan.grams("params")]
     plan.nonfinite_(flags[0])
-    grams = [plan.grams("gradients"), plan.grams("params")]
+    if k_outer:
+        sums.append(plan.outer_products())
     M = torch.cat([s.matrix for s in slabs if s.matrix is not None])
     k = torch.full((len(grads),), max(1, r - 1), device=device)
 
@@ -122,7 +126,11 @@ def _plan(r: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Ten
     want = [torch.tensor([0.0, 1.0], device=device)]
     for of in (grads, [p for s in slabs for p in s.params]):
         X = torch.stack([first(x, slabs[n // 3]) for n, x in enumerate(of)])
-        want.append((X @ X.mT).flatten())
+        want.append((X @ X.mT).flatten() / d)  # sums of d products, to the size of the rest
+    if k_outer:
+        G, V = (torch.cat([first(x, s) for s in slabs for x in getattr(s, of)]) for of in ("grads", "basis"))
+        G, V = G.view(-1, r, d), V.view(-1, k_outer, d)
+        want.append(torch.cat((G @ G.mT, G @ V.mT), 2).flatten() / d)
     live = torch.arange(r, device=device)[:, None] < k[0]
     for n, s in enumerate(slabs):
         own = M[3 * n : 3 * n + 3]
@@ -135,10 +143,7 @@ def _plan(r: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Ten
         plan.transform_(of_, M, k, none)
     grads[-1][0, 0] = float("inf")
     plan.nonfinite_(flags[1])
-    got = [flags, *(G.flatten() for G in grams), *(t.float().flatten() for t in ours())]
-    # Gram matrices of 96 columns to the size of the rest
-    scale = 1 / 96
-    got[1:3], want[1:3] = [x * scale for x in got[1:3]], [x * scale for x in want[1:3]]
+    got = [flags, *(G.flatten() / d for G in sums), *(t.float().flatten() for t in ours())]
     return torch.cat(got), torch.cat(want)
 
 

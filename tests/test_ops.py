@@ -112,8 +112,14 @@ def test_a_plan_is_chosen_once_for_a_bucket(calls, monkeypatch):
     made = []
     kernels = ops._kernels()
     kernels.plan_supports = lambda rule, slabs: all(s.fits for s in slabs)
-    kernels.UpdatePlan = lambda rule, slabs: made.append((rule, [s.name for s in slabs]))
-    slabs = {n: SimpleNamespace(name=n, fits=n in "ac", exp_avg=on_device(1, 2, 2), rank_dim=2) for n in "abc"}
+
+    def plan(rule, slabs):
+        made.append((rule, [s.name for s in slabs]))
+        return SimpleNamespace()
+
+    kernels.UpdatePlan = plan
+    state = {"exp_avg": on_device(1, 2, 2), "grads": [torch.zeros(2, 2)], "rank_dim": 2}
+    slabs = {n: SimpleNamespace(name=n, fits=n in "ac", **state) for n in "abc"}
     triton = Ops("triton")
     triton.plan("eigen", [slabs["a"], slabs["c"]])
     assert made == [("eigen", ["a", "c"])] and triton.fallbacks == set()

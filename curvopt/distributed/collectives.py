@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvopt.distributed.shards import local
-from curvopt.functional.moments import any_nonfinite
+from curvopt.functional import any_nonfinite
 
 COUNT = 2**12  # row counts travel as two digits of this base: exact in float32 over as many processes
 
@@ -87,7 +87,7 @@ def agreed(
     Args:
         flags: by device, 1 if a gradient that was looked at already is not finite.
         grads: further gradients to look at, plain or sharded.
-        groups: every process of these must call, whether it has gradients or not.
+        groups: every process of these must call, with a flag, whether it has gradients or not.
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for X in map(local, grads):

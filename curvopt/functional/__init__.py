@@ -30,6 +30,8 @@ live. Dead rows of every stack are exactly zero, and r×r maps act on them as th
 float32 and rounded once when stored.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,23 @@ def rank_gram(X: Tensor, rank_dim: int) -> Tensor:
     return X @ X.mT if rank_dim == 1 else X.mT @ X
 
 
+def trace(S: Tensor) -> Tensor:
+    """Return the traces ``[L]`` of ``[L, r, r]``."""
+    return S.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
 def live_rows(k: Tensor, r: int) -> Tensor:
     """Return the boolean mask ``[L, r]`` of directions ``i < k``."""
     return torch.arange(r, device=k.device) < k.unsqueeze(-1)
+
+
+def any_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a 0-d boolean: whether any value of these tensors of one device is not finite; one read of each.
+
+    On the CPU by sums, which a value that is not finite makes not finite; so does a sum above the range of float32.
+    """
+    if tensors[0].is_cuda:
+        found = [n.float() for n in torch._foreach_norm(list(tensors), torch.inf)]
+    else:
+        found = [X.sum(dtype=compute_dtype(X.dtype)) for X in tensors]
+    return ~torch.stack([f.double() for f in found]).isfinite().all()

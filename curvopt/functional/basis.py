@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curvopt.functional import left, live_rows
+from curvopt.functional import left, live_rows, trace
 from curvopt.functional.inverse import eigenbasis, normalised
-from curvopt.functional.moments import trace
 
 
 class Gauge(NamedTuple):

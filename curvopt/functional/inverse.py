@@ -42,8 +42,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from curvopt.functional import live_rows
-from curvopt.functional.moments import trace
+from curvopt.functional import live_rows, trace
 
 # a genuine second moment in float32 may have eigenvalues this far below zero, times r, of a mean of one
 SLACK = 1e-6

@@ -104,20 +104,3 @@ def ema_(S: Tensor, S_new: Tensor, t: Tensor, decay: float, found_inf: Tensor | 
     w = torch.where(took, ema_weight(t.clamp(min=1), decay), 0.0).to(S.dtype)[:, None, None]
     S.lerp_(torch.where(took[:, None, None], S_new, S), w)
     return took
-
-
-def trace(S: Tensor) -> Tensor:
-    """Return the traces ``[L]`` of ``[L, r, r]``."""
-    return S.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def any_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a 0-d boolean: whether any value of these tensors of one device is not finite; one read of each.
-
-    On the CPU by sums, which a value that is not finite makes not finite; so does a sum above the range of float32.
-    """
-    if tensors[0].is_cuda:
-        found = [n.float() for n in torch._foreach_norm(list(tensors), torch.inf)]
-    else:
-        found = [X.sum(dtype=compute_dtype(X.dtype)) for X in tensors]
-    return ~torch.stack([f.double() for f in found]).isfinite().all()

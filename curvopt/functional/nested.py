@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from curvopt.functional.update import Hyper, advancing, fused_adamw
+from curvopt.functional.update import Hyper, count_update, fused_adamw
 
 Scale = Literal["none", "rank", "sqrt"]
 SCALES = get_args(Scale)
@@ -169,13 +169,13 @@ def row_update(slabs: Sequence[RowSlab], found_inf: Tensor) -> None:
     A step with ``found_inf`` (0-d float) non-zero changes nothing. All matrices are held to one shape; what is not
     contiguous with the rank first is copied there and back.
     """
-    with advancing(slabs, found_inf):
-        for s in slabs:
-            straight = s.params[0].is_contiguous() and s.exp_avg.is_contiguous() and s.exp_avg_sq.is_contiguous()
-            if straight and (s.rank_dim == 1 or s.rates is None):
-                _advance(s, found_inf)
-            else:
-                _advance_copies(s, found_inf)
+    count_update(slabs, found_inf)
+    for s in slabs:
+        straight = s.params[0].is_contiguous() and s.exp_avg.is_contiguous() and s.exp_avg_sq.is_contiguous()
+        if straight and (s.rank_dim == 1 or s.rates is None):
+            _advance(s, found_inf)
+        else:
+            _advance_copies(s, found_inf)
 
 
 def _advance(s: RowSlab, found_inf: Tensor) -> None:

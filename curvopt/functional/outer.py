@@ -33,6 +33,8 @@ import math
 import torch
 from torch import Tensor
 
+from curvopt.functional import left
+
 
 def cosine_rows(k: int, d: int) -> Tensor:
     """Return k orthonormal rows of length d, ``(k, d)`` float64: a start of V without random numbers. k ≤ d.
@@ -108,17 +110,25 @@ def outer_map(
 
 
 def through(
-    M: Tensor, G: Tensor, V: Tensor, out: Tensor | None = None, basis: Tensor | None = None
+    M: Tensor, G: Tensor, V: Tensor, rank_dim: int = 1, out: Tensor | None = None, out_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return c G + M₁₂ V' and V' = M₂₁ G + M₂₂ V, all rank first, in ``out`` and ``basis`` if given.
+    """Return c G + M₁₂ V' and V' = M₂₁ G + M₂₂ V, rank first, in ``out`` and ``out_V`` if given.
 
     Args:
         M: ``[T, r + k, r + k]`` of `outer_map`, in the dtype of the others.
-        G: ``[T, r, d]`` gradients.
-        V: ``[T, k, d]``.
-        out: what takes the first result, none of the others.
-        basis: what takes the second, likewise.
+        G: ``[T, r, d]`` gradients, or ``[T, d, r]`` with ``rank_dim`` 2.
+        V: ``[T, k, d]`` or ``[T, d, k]``.
+        rank_dim: the dimension of G that is the rank.
+        out: what takes the first result, G itself or none of the others.
+        out_V: what takes the second, none of the others.
     """
-    r = G.shape[1]
-    new = torch.bmm(M[:, r:, :r], G, out=basis).baddbmm_(M[:, r:, r:], V)
-    return torch.mul(M[:, :1, :1], G, out=out).baddbmm_(M[:, :r, r:], new), new
+    r = G.shape[rank_dim]
+    new = left(M[:, r:, :r], G, rank_dim, out=out_V)
+    _add_left(new, M[:, r:, r:], V, rank_dim)
+    scaled = torch.mul(M[:, :1, :1], G, out=out)
+    return _add_left(scaled, M[:, :r, r:], new, rank_dim), new
+
+
+def _add_left(Y: Tensor, M: Tensor, X: Tensor, rank_dim: int) -> Tensor:
+    """Do Y += M X, rank first; each storage by its own call, as transposed results go matrix by matrix on the CPU."""
+    return Y.baddbmm_(M, X) if rank_dim == 1 else Y.baddbmm_(X, M.mT)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.functional import compute_dtype, left, rank_gram
-from curvopt.functional.moments import any_nonfinite
+from curvopt.functional import any_nonfinite, compute_dtype, left, rank_gram
+from curvopt.functional.outer import outer_map
 from curvopt.functional.truncate import truncate_
 from curvopt.functional.update import Slab
 
@@ -21,56 +21,49 @@ class ReferencePlan:
     Args:
         update: changes slabs in place, ``update(slabs, found_inf)``.
         slabs: `functional.update.Slab` or `functional.nested.RowSlab`, T matrices in all, of one rank and dtype.
+
+    Attributes:
+        outer_map: the op `functional.outer.outer_map`, as the backend has it.
     """
 
     def __init__(self, update: Callable[[Sequence[Any], Tensor], None], slabs: Sequence[Any]) -> None:
         self._update = update
         self.slabs = list(slabs)
-        self._dtype = compute_dtype(slabs[0].exp_avg.dtype)
-        self._own: dict[int, Tensor] = {}
-        self._shared: Tensor | None = None
-        self._shared_basis = torch.empty(0)
+        self.outer_map: Callable[..., Any] = outer_map
+        self._dtype, self._given = compute_dtype(slabs[0].exp_avg.dtype), slabs[0].grads[0].dtype
+        # by slab: whether the update changes gradients before it reads them, and a workspace as large as they are
+        self._stacked = [_stacked(s, self._dtype) for s in self.slabs]
+        self._workspaces: list[Tensor | None] = [None] * len(self.slabs)
+        if slabs[0].exp_avg.is_cpu and isinstance(slabs[0], Slab):
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Give the slabs what they work in, in place of pages that would be faulted in at every step.
+
+        Off the CPU there is no need, since torch's allocator keeps memory itself.
+        """
+        spare = torch.empty(max(s.exp_avg.numel() for s in self.slabs), dtype=self._dtype)
+        bases = [s.basis.numel() for s in self.slabs if s.basis is not None]
+        spare_basis = torch.empty(max(bases, default=0), dtype=self._dtype)
+        for i, s in enumerate(self.slabs):
+            own = self._workspaces[i] = torch.empty_like(s.exp_avg, dtype=self._dtype)
+            s.spare = spare[: s.exp_avg.numel()].view(s.exp_avg.shape)
+            s.delta = None if self._stacked[i] else own
+            if s.basis is not None:
+                s.spare_basis = spare_basis[: s.basis.numel()].view(s.basis.shape)
 
     def load(self, grads: Sequence[Tensor]) -> bool:
         """Take the T gradients of this step in the order of the slabs; False if they do not fit the plan."""
+        if grads[0].dtype != self._given:
+            return False
         at = 0
-        for i, s in enumerate(self.slabs):
+        for s, stacked, out in zip(self.slabs, self._stacked, self._workspaces, strict=True):
             own = list(grads[at : at + len(s.params)])
             at += len(own)
-            if isinstance(s, Slab) and (_mapped(s) or own[0].dtype != self._dtype):
-                s.grads = self._stacked(i, own)
-            else:
-                s.grads = own
+            s.grads = own
+            if stacked:  # in the compute dtype
+                s.grads = torch.stack(own).to(self._dtype) if out is None else torch.stack(own, out=out)
         return True
-
-    def _stacked(self, i: int, own: list[Tensor]) -> Tensor:
-        """Return gradients as one stack in the compute dtype, which the update may overwrite."""
-        if own[0].dtype != self._dtype:
-            return torch.stack(own).to(self._dtype)
-        buffer = self._buffer(i)
-        return torch.stack(own) if buffer is None else torch.stack(own, out=buffer)
-
-    def _buffer(self, i: int) -> Tensor | None:
-        """Return a workspace of a slab's own; none off the CPU, where torch's allocator keeps memory itself."""
-        like = self.slabs[i].exp_avg
-        if like.is_cpu and i not in self._own:
-            self._own[i] = torch.empty_like(like, dtype=self._dtype)
-        return self._own.get(i)
-
-    def _workspaces(self) -> None:
-        """Give the slabs what they work in: it takes the place of pages that would be faulted in at every step."""
-        if not self.slabs[0].exp_avg.is_cpu:
-            return
-        if self._shared is None:
-            most = max(s.exp_avg.numel() for s in self.slabs)
-            self._shared = torch.empty(most, dtype=self._dtype)
-            widest = max(0 if s.basis is None else s.basis.numel() for s in self.slabs)
-            self._shared_basis = torch.empty(widest, dtype=self._dtype)
-        for i, s in enumerate(self.slabs):
-            if s.basis is not None:
-                s.spare_basis = self._shared_basis[: s.basis.numel()].view(s.basis.shape)
-            s.spare = self._shared[: s.exp_avg.numel()].view(s.exp_avg.shape)
-            s.delta = None if isinstance(s.grads, Tensor) else self._buffer(i)
 
     def nonfinite_(self, flag: Tensor) -> None:
         """Set a 0-d float32 to 1 if any gradient is not finite; else it stays as it is."""
@@ -109,8 +102,11 @@ class ReferencePlan:
             k: ``[T]`` int64 live ranks, or None for all.
             found_inf: 0-d float.
         """
+        r = self.slabs[0].exp_avg.shape[self.slabs[0].rank_dim]
         if M is not None:
-            M = torch.where(found_inf == 0, M, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device))
+            M = torch.where(found_inf == 0, M, torch.eye(r, dtype=M.dtype, device=M.device))
+        if k is not None:
+            k = torch.where(found_inf == 0, k, r)
         at = 0
         for s in self.slabs:
             rows = slice(at, at + len(s.params))
@@ -124,20 +120,15 @@ class ReferencePlan:
             s.exp_avg_sq.copy_(mapped(None if own is None else own.square(), s.exp_avg_sq, live, s.rank_dim))
 
     def step(self, found_inf: Tensor) -> None:
-        """Run the update."""
-        if isinstance(self.slabs[0], Slab):
-            self._workspaces()
+        """Run the update, and let go of the gradients."""
         self._update(self.slabs, found_inf)
-
-    def release(self) -> None:
-        """Let go of the gradients."""
         for s in self.slabs:
             s.grads = []
 
 
-def _mapped(s: Slab) -> bool:
+def _stacked(s: Any, dtype: torch.dtype) -> bool:
     """Whether an update changes gradients before it reads them."""
-    return s.matrix is not None or s.basis is not None
+    return isinstance(s, Slab) and (s.matrix is not None or s.basis is not None or s.grads[0].dtype != dtype)
 
 
 def mapped(M: Tensor | None, X: Tensor, k: Tensor | None, rank_dim: int) -> Tensor:

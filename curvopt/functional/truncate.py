@@ -1,6 +1,5 @@
-"""Masked rank truncation and row scaling of stacks, in place."""
+"""Masked rank truncation of stacks, in place."""
 
-import torch
 from torch import Tensor
 
 from curvopt.functional import live_rows
@@ -19,8 +18,3 @@ def truncate_(X: Tensor, k: Tensor, rank_dim: int) -> Tensor:
     """
     dead = ~live_rows(k, X.shape[rank_dim])
     return X.masked_fill_(dead.unsqueeze(3 - rank_dim), 0)
-
-
-def scale_rows_(X: Tensor, scale: Tensor, rank_dim: int) -> Tensor:
-    """Multiply direction i of matrix l by ``scale[l, i]`` in place; ``scale`` is ``[L, r]`` or ``[r]``."""
-    return X.mul_(torch.broadcast_to(scale, (X.shape[0], X.shape[rank_dim])).unsqueeze(3 - rank_dim))

@@ -29,16 +29,14 @@ fewer than r directions, take another rule: in the others such a direction share
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvopt.functional import compute_dtype, left, rank_gram
+from curvopt.functional import compute_dtype, left, rank_gram, trace
 from curvopt.functional.inverse import damped_inverse_root
-from curvopt.functional.moments import trace
 from curvopt.functional.outer import through
 
 
@@ -125,26 +123,22 @@ def polar_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
         damping = id(s.damping) if isinstance(s.damping, Tensor) else s.damping
         like = (s.exp_avg.shape[s.rank_dim], compute_dtype(s.exp_avg.dtype), s.exp_avg.device)
         batches.setdefault((like, damping, s.k is None), []).append(s)
-    for batch in batches.values():
-        _polar(batch, found_inf)
-
-
-def _polar(slabs: Sequence[Slab], found_inf: Tensor) -> None:
-    """Update slabs of one rank and damping: the r×r work, many short calls, is done once for all of them."""
-    steps, grams = [], []
-    for s in slabs:
-        own = []
-        for p in _pieces([s]):
-            delta, _, _ = _adam(p, None, found_inf)
-            steps.append((p, delta))
-            own.append(rank_gram(delta, s.rank_dim))
-        grams.append(torch.cat(own))
-        if s.reduce is not None:
-            s.reduce(grams[-1])
-    ranks = [s.k for s in slabs if s.k is not None]
-    M = equalising(torch.cat(grams), slabs[0].damping, torch.cat(ranks) if ranks else None)
-    for (p, delta), own in zip(steps, M.split([len(p.params) for p, _ in steps]), strict=True):
-        apply_delta(p.params, p.hyper, left(own, delta, p.rank_dim, out=p.spare), found_inf)
+    for batch in batches.values():  # a plan's slabs are one
+        steps, grams = [], []
+        for s in batch:
+            own = []
+            for p in _pieces([s]):
+                delta, _, _ = _adam(p, None, found_inf)
+                steps.append((p, delta))
+                own.append(rank_gram(delta, s.rank_dim))
+            grams.append(torch.cat(own))
+            if s.reduce is not None:
+                s.reduce(grams[-1])
+        ranks = [s.k for s in batch if s.k is not None]
+        # r×r work is many short calls: once for all
+        M = equalising(torch.cat(grams), batch[0].damping, torch.cat(ranks) if ranks else None)
+        for (p, delta), mine in zip(steps, M.split([len(p.params) for p, _ in steps]), strict=True):
+            apply_delta(p.params, p.hyper, left(mine, delta, p.rank_dim, out=p.spare), found_inf)
 
 
 def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None) -> Tensor:
@@ -260,23 +254,17 @@ def _adam(s: Slab, M: Tensor | None, found_inf: Tensor) -> tuple[Tensor, Tensor,
 def precondition_(s: Slab, G: Tensor, out: Tensor, found_inf: Tensor) -> None:
     """Write ∇ S̃^(-1/2) into ``out`` and the next V into the basis, as `functional.outer`; V stays if ``found_inf``."""
     assert s.outer is not None and s.basis is not None
-    M, V = s.outer.to(G.dtype), s.basis.to(G.dtype)
-    if s.rank_dim == 1:
-        _, new = through(M, G, V, out, s.spare_basis)
-    else:
-        spare = None if s.spare_basis is None else s.spare_basis.mT
-        new = through(M, G.mT, V.mT, out.mT, spare)[1].mT
-    if V is s.basis:
-        torch.where(found_inf == 0, new, V, out=V)
-    else:
-        s.basis.copy_(torch.where(found_inf == 0, new, V))
+    V = s.basis.to(G.dtype)
+    _, new = through(s.outer.to(G.dtype), G, V, s.rank_dim, out=out, out_V=s.spare_basis)
+    # torch.where by a 0-d condition is several times slower on the CPU
+    s.basis.copy_(V.lerp_(new.nan_to_num_(0.0, 0.0, 0.0), (found_inf == 0).to(V.dtype)))
 
 
 def fused_adamw(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor],
     step: Tensor, hyper: Hyper, found_inf: Tensor, weight_decay: float, rate: float = 1.0,
 ) -> None:  # fmt: skip
-    """Run torch's fused AdamW on lists that share ``step``, which `advancing` has counted up.
+    """Run torch's fused AdamW on lists that share ``step``, which `count_update` has counted up.
 
     The op, not torch.optim's wrapper of it: sorting lists by dtype and device takes longer than small arithmetic.
 
@@ -298,15 +286,10 @@ def fused_adamw(
     )  # fmt: skip
 
 
-@contextmanager
-def advancing(slabs: Sequence[Any], found_inf: Tensor) -> Iterator[None]:
+def count_update(slabs: Sequence[Any], found_inf: Tensor) -> None:
     """Count one update for every distinct ``step`` of the slabs; none if ``found_inf`` is set."""
-    steps = list({id(s.step): s.step for s in slabs}.values())
-    for step in steps:
-        step.add_(1)
-    yield
-    for step in steps:
-        step.sub_(found_inf)
+    for step in {id(s.step): s.step for s in slabs}.values():
+        step.add_(found_inf == 0)
 
 
 def apply_delta(params: list[Tensor], hyper: Hyper, delta: Tensor, found_inf: Tensor) -> None:
@@ -353,8 +336,8 @@ class Rule:
 
     def __call__(self, slabs: Sequence[Slab], found_inf: Tensor) -> None:
         """Update slabs in place, and count their step; nothing changes where ``found_inf`` is set."""
-        with advancing(slabs, found_inf):
-            self.reference(slabs, found_inf)
+        count_update(slabs, found_inf)
+        self.reference(slabs, found_inf)
 
     def carried(self, new: Tensor | None, old: Tensor | None, M: Tensor) -> Tensor:
         """Return the map of the moments ``[L, r, r]`` when gradients map by M and the matrix ``old`` becomes ``new``.

@@ -3,8 +3,8 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from operator import attrgetter, is_
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -70,11 +70,16 @@ class Noted:
         group: the dict itself.
         params: its parameters.
         settings: its hyper-parameters.
+        ids: who they are: of the dict and of its parameters, which this keeps alive.
     """
 
     group: dict[str, Any]
     params: list[Tensor]
     settings: dict[str, Any]
+    ids: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = [id(self.group), *map(id, self.params)]
 
 
 class PairedOptimizer(torch.optim.Optimizer):
@@ -232,6 +237,8 @@ class PairedOptimizer(torch.optim.Optimizer):
         check("eps", g["eps"], is_number(g["eps"]) and g["eps"] >= 0, "a number ≥ 0")
         decay = g["weight_decay"]
         check("weight_decay", decay, is_number(decay) and decay >= 0, "a number ≥ 0")
+        for name in ("maximize", "capturable"):
+            check(name, g.get(name), isinstance(g.get(name, False), bool), "True or False")
 
     def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
         """Validate a group that was edited; subclasses refuse what cannot be changed after the first step."""
@@ -297,7 +304,7 @@ class PairedOptimizer(torch.optim.Optimizer):
     def _read_groups(self) -> None:
         """Bring pairs and settings in line with what stands in ``param_groups`` now. Usually nothing has changed."""
         groups, noted = self.param_groups, self._noted
-        if len(groups) != len(noted) or not all(map(_same_params, groups, noted)):
+        if [[id(g), *map(id, g["params"])] for g in groups] != [was.ids for was in noted]:
             self._reindex()
             return
         edited = [
@@ -355,6 +362,9 @@ class PairedOptimizer(torch.optim.Optimizer):
     def _check_capture(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             check("capturable", False, all(g.get("capturable") for g in self.param_groups), "True to capture a step")
+            for g in self.param_groups:
+                fits = not isinstance(g["lr"], Tensor) or g["lr"].is_cuda
+                check("lr", g["lr"], fits, "a number, or a tensor on the device, to capture a step")
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -444,8 +454,3 @@ def check_dense(grads: Iterable[Tensor]) -> None:
 
 def _settings(g: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in g.items() if key not in ("params", "param_names")}
-
-
-def _same_params(g: dict[str, Any], noted: Noted) -> bool:
-    params = g["params"]
-    return g is noted.group and len(params) == len(noted.params) and all(map(is_, params, noted.params))

@@ -12,7 +12,7 @@ changed, and finding that out is all that a step spends on it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -126,6 +126,9 @@ class Bucket:
     Attributes:
         sides: the T sides, those of one shape neighbours.
         blocks: runs of one shape.
+        live: whether the sides have gradients in this step.
+        mixed: whether some of them have, and some have none.
+        steps: steps with gradients so far.
         state: ``[T, ...]`` by key; the shared 0-d ``step`` and ``skipped``; and ``cadence`` ``[4]`` on the host: the
             number of steps with gradients, and at which of them each of `PERIODIC` was last done.
         grads: gradients of this step, one per side; empty between steps.
@@ -151,6 +154,7 @@ class Bucket:
         self.state: dict[str, Tensor] = {}
         self.blocks: list[Block] = []
         self.grads: list[Any] = []  # None for all sides of a bucket without gradients
+        self.live = self.mixed = False
         first = self.sides[0]
         self.group, self.r, self.kind = first.group, first.pair.rank, kind
         self.outer_rank = outer_rank
@@ -159,8 +163,8 @@ class Bucket:
         self.hyper = Hyper(0.0, 0.0, 0.0, 0.0, 0.0)
         self.slabs: list[Any] = []
         self.plan: Any = None
-        self._plans: dict[str, tuple[Any, list[Any]]] = {}
-        self._owed: list[tuple[int, float, float, Tensor, Any]] = []
+        self._planned: Any = None  # what the plan was made for
+        self._owed: list[tuple[int, float, float, Callable[[], float]]] = []
         self._addresses: list[int] = []
         self._plain = first.shards is None and all(p.ndim == 2 for p in self.params)
         self._bind(
@@ -194,7 +198,8 @@ class Bucket:
         for key in ("step", "skipped"):
             self.state[key] = torch.as_tensor(known[0].get(key, 0.0), dtype=torch.float32).to(self.device, copy=True)
         self.state["cadence"] = cadence_of(known[0]).clone()
-        self._steps, *self._done = self.state["cadence"].tolist()
+        steps, *self._done = self.state["cadence"].tolist()
+        self.steps = int(steps)
         self._ticks = self.state["cadence"][0]
         for key, directions in wide.items():
             self._bind_wide(key, directions, states)
@@ -202,7 +207,7 @@ class Bucket:
         for i, state in enumerate(known):
             state.update({key: self.state[key][i] for key in rest[0]}, **shared)
         self._entries = known
-        self._views = [state["exp_avg"] for state in known]
+        self._views = [state[key] for key in MOMENTS for state in known]
 
     def _bind_wide(self, key: str, directions: int | None, states: Mapping[Tensor, State]) -> None:
         """Make one kind of state that is as wide as the parameters, in one flat tensor."""
@@ -223,9 +228,10 @@ class Bucket:
 
     @property
     def intact(self) -> bool:
-        """Whether the entries of the optimizer's state that this bucket filled still have its views."""
+        """Whether the entries of the optimizer's state that this bucket filled still have its views of the moments."""
         try:
-            return all(map(is_, map(itemgetter("exp_avg"), self._entries), self._views))
+            first, second = (map(itemgetter(key), self._entries) for key in MOMENTS)
+            return all(map(is_, chain(first, second), self._views))
         except KeyError:
             return False
 
@@ -236,77 +242,73 @@ class Bucket:
     # ------------------------------------------------------------------ one step
 
     def read(self) -> None:
-        """Read the gradients; they are there for all sides or for none."""
+        """Read the gradients. A bucket in which some sides have none is to be made anew."""
         self.grads = list(map(_grad_of, self.params))
-
-    @property
-    def live(self) -> bool:
-        """Whether the sides have gradients in this step."""
-        return bool(self.grads) and self.grads[0] is not None
-
-    @property
-    def mixed(self) -> bool:
-        """Whether some sides have gradients and some have none."""
         missing = sum(map(is_, self.grads, repeat(None)))
-        return 0 < missing < len(self.grads)
+        self.live, self.mixed = missing == 0, 0 < missing < len(self.grads)
 
     def begin(
         self,
-        name: str,
+        rule: str,
         make: Callable[["Bucket", str], tuple[Any, list[Any]]],
         prepare: Callable[["Bucket"], None] | None = None,
     ) -> None:
-        """Choose the plan called ``name``, made by ``make`` where there is none yet, and give it the gradients.
+        """Give the plan of ``rule`` the gradients; it is made by ``make`` where there is none yet that fits.
 
         ``prepare`` may change ``grads``, by then in the layout of the state, before the plan takes them.
 
         Raises:
             ValueError: a parameter has another dtype or device than its state.
         """
-        if self._moved():
-            self._plans.clear()
-            for s in self.sides:
-                if (s.param.dtype, s.param.device) != (self.dtype, self.device):
-                    raise ValueError(
-                        f"{s.name} of {s.pair.name} must stay {self.dtype} on {self.device}, as its optimizer state "
-                        f"is, got {s.param.dtype} on {s.param.device}: cast or move the model before the first step or "
-                        "make a new optimizer and load the state"
-                    )
+        addresses = list(map(Tensor.data_ptr, self.params if self._plain else map(local, self.params)))
+        if addresses != self._addresses:
+            self._moved_to(addresses)
         g, h = self.group, self.hyper
-        h.lr, h.eps, h.weight_decay, h.maximize = as_scalar(g["lr"]), g["eps"], g["weight_decay"], g["maximize"]
+        h.lr = as_scalar(g["lr"]) if isinstance(g["lr"], Tensor) else g["lr"]
+        h.eps, h.weight_decay, h.maximize = g["eps"], g["weight_decay"], g["maximize"]
         h.beta1, h.beta2 = g["betas"]
         if not self._plain:
             self.grads = [X for block in self.blocks for X in block.pieces(self.grads[block.rows])]
         if prepare is not None:
             prepare(self)
-        if name not in self._plans or not self._plans[name][0].load(self.grads):
-            self._plans[name] = make(self, name)
-            self._plans[name][0].load(self.grads)
-        self.plan, self.slabs = self._plans[name]
+        if self._planned != rule or not self.plan.load(self.grads):
+            self._replan(rule, make)
 
-    def _moved(self) -> bool:
-        """Whether a parameter lies elsewhere than at the last step."""
-        now = list(map(Tensor.data_ptr, self.params if self._plain else map(local, self.params)))
-        if now == self._addresses:
-            return False
-        self._addresses = now
-        return True
+    def _replan(self, rule: str, make: Callable[["Bucket", str], tuple[Any, list[Any]]]) -> None:
+        """Load gradients that the plan did not take as they are: copied, and by a new plan if it must be."""
+        self.grads = [g.contiguous() for g in self.grads]
+        if self._planned != rule or not self.plan.load(self.grads):
+            self.plan, self.slabs = make(self, rule)
+            self._planned = rule
+            if not self.plan.load(self.grads):
+                raise RuntimeError(f"no plan of {len(self.sides)} matrices for {rule!r} takes their gradients")
+
+    def _moved_to(self, addresses: list[int]) -> None:
+        """Note that parameters lie elsewhere than at the last step, for which no plan was made."""
+        self._addresses = addresses
+        self.forget_plan()
+        for s in self.sides:
+            if (s.param.dtype, s.param.device) != (self.dtype, self.device):
+                raise ValueError(
+                    f"{s.name} of {s.pair.name} must stay {self.dtype} on {self.device}, as its optimizer state "
+                    f"is, got {s.param.dtype} on {s.param.device}: cast or move the model before the first step or "
+                    "make a new optimizer and load the state"
+                )
 
     def step(self, found_inf: Tensor) -> None:
         """Run the update and let go of the gradients."""
         self.plan.step(found_inf)
         for block, slab in zip(self.blocks, self.slabs, strict=True):
-            if block.full is None and block.shards is not None and block.shards.sharded_on_rank:  # see `on_pieces`
+            if block.shards is not None and block.shards.sharded_on_rank and block.full is None:  # see `on_pieces`
                 delta = block.as_held(torch.stack(slab.params)).to(self.compute_dtype)
                 apply_delta(block.matrices(), self.hyper, delta, found_inf)
                 torch._foreach_zero_(slab.params)
         self.state["skipped"].add_(found_inf)
-        self.plan.release()
         self.grads = []
 
-    def forget_plans(self) -> None:
-        """Let plans be made anew, after a change of what they were made of."""
-        self._plans.clear()
+    def forget_plan(self) -> None:
+        """Let the plan be made anew, after a change of what it was made of."""
+        self._planned = None
 
     def transform(
         self,
@@ -343,14 +345,10 @@ class Bucket:
 
     def tick(self) -> None:
         """Count a step with gradients, whether or not it changes anything."""
-        self.settle()
-        self._steps += 1
+        if self._owed:
+            self.settle()
+        self.steps += 1
         self._ticks.add_(1)
-
-    @property
-    def steps(self) -> int:
-        """Steps with gradients so far."""
-        return int(self._steps)
 
     def due(self, what: str, ahead: int = 0) -> bool:
         """Whether periodic work is to be done in this step, or ``ahead`` steps later.
@@ -358,7 +356,7 @@ class Bucket:
         The first observation is at the first step, the first matrices at the first step after the warm-up,
         reprojections at multiples of their period. What a skipped step should have done stays due.
         """
-        g, now, done = self.group, self._steps + ahead, self._done[PERIODIC.index(what)]
+        g, now, done = self.group, self.steps + ahead, self._done[PERIODIC.index(what)]
         every, warmup = g[what], g["warmup_steps"]
         if every == 0 or (what != "factor_every" and now <= warmup):
             return False
@@ -369,40 +367,57 @@ class Bucket:
     def did(self, what: str, found_inf: Tensor) -> None:
         """Note that periodic work was done in this step; it stays due if the step changes nothing.
 
-        On a device that is seen without waiting: the flag travels to the host and is read when it has arrived.
+        On a device the flag travels to the host, where `settle` reads it before the next step.
         """
         i = PERIODIC.index(what)
         before = self._done[i]
-        self._set_done(i, self._steps)
-        if self.group["capturable"]:
-            return  # a graph repeats what its step did
-        if found_inf.is_cpu:
-            if found_inf.item():
-                self._set_done(i, before)
-            return
-        host = torch.empty(1, pin_memory=True)
-        host.copy_(found_inf.reshape(1), non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._owed.append((i, before, self._steps, host, arrived))
+        self._set_done(i, self.steps)
+        if self.group["capturable"] or self.group[what] == 1:
+            return  # a graph repeats what its step did; what is done at every step is due at the next in any case
+        self._owed.append((i, before, self.steps, _sent(found_inf)))
+        if _at_hand(found_inf):
+            self.settle()
 
-    def settle(self, wait: bool = False) -> None:
-        """Make due again what turned out to be skipped."""
-        waiting = []
-        for item in self._owed:
-            i, before, at, host, arrived = item
-            if wait:
-                arrived.synchronize()
-            elif not arrived.query():
-                waiting.append(item)
-                continue
-            if host.item() and self._done[i] == at:
+    @property
+    def unsettled(self) -> bool:
+        """Whether periodic work of the last step may turn out to be skipped."""
+        return bool(self._owed)
+
+    def settle(self) -> None:
+        """Make due again what turned out to be skipped.
+
+        This waits for the flags of the last step. By the next step, the passes between them are queued behind those,
+        so that the device never runs dry; and all processes find the same.
+        """
+        for i, before, at, arrived in self._owed:
+            if arrived() and self._done[i] == at:
                 self._set_done(i, before)
-        self._owed = waiting
+        self._owed = []
 
     def _set_done(self, i: int, value: float) -> None:
         self._done[i] = value
         self.state["cadence"][1 + i] = value
+
+
+def _at_hand(flag: Tensor) -> bool:
+    """Whether the host can read a flag without waiting."""
+    return flag.is_cpu
+
+
+def _sent(flag: Tensor) -> Callable[[], float]:
+    """Send a 0-d flag to the host; the result waits for it and returns it."""
+    if not flag.is_cuda:
+        return flag.clone().item
+    host = torch.empty(1, pin_memory=True)
+    host.copy_(flag.reshape(1), non_blocking=True)
+    sent = torch.cuda.Event()
+    sent.record(torch.cuda.current_stream(flag.device))
+
+    def arrived() -> float:
+        sent.synchronize()
+        return host.item()
+
+    return arrived
 
 
 def sum_over_pieces(buckets: Sequence[Bucket], grams: Sequence[Tensor]) -> None:
@@ -512,6 +527,8 @@ class BucketedOptimizer(PairedOptimizer):
 
     def _note_params(self) -> None:
         super()._note_params()
+        for bucket in getattr(self, "_buckets", ()):
+            bucket.settle()
         self._buckets, self._values, self._loose = [], [], list(self._sides)
 
     def _read(self) -> tuple[list[Bucket], dict[int, list[Tensor]]]:
@@ -523,11 +540,13 @@ class BucketedOptimizer(PairedOptimizer):
         if self._locator.moved(iter(idle)):
             self._follow()
             changed = self._align() or changed
-        others = self._live_others()
+        others = self._live_others() if any(self._others) else {}
         live = [b for b in self._buckets if b.live]
         for bucket in live:
             check_dense(bucket.grads)
-        self._locator.look_after(bool(live) or any(others.values()), changed)
+        any_gradient = bool(live or any(others.values()))
+        if changed or not any_gradient:
+            self._locator.look_after(any_gradient, changed)
         return live, others
 
     def _align(self) -> bool:
@@ -538,6 +557,8 @@ class BucketedOptimizer(PairedOptimizer):
         kept = [b for b in self._buckets if not b.mixed and (b.intact if same else b.bound(self.state))]
         changed = len(kept) != len(self._buckets)
         if changed:
+            for bucket in self._buckets:
+                bucket.settle()
             bucketed = {id(s) for b in kept for s in b.sides}
             self._loose = [s for s in self._sides if id(s) not in bucketed]
         changed = changed or any(s.param.grad is not None for s in self._loose)
@@ -587,6 +608,10 @@ class BucketedOptimizer(PairedOptimizer):
             if bucket.device not in flags:
                 flags[bucket.device] = torch.zeros((), device=bucket.device)
             bucket.plan.nonfinite_(flags[bucket.device])
+        if len(flags) == 1 and not (others or self._shared_by):
+            return flags
+        if self._shared_by and not flags:  # others may have gradients, and wait for this process
+            flags = {p.device: torch.zeros((), device=p.device) for p in self.param_groups[0]["params"][:1]}
         return agreed(flags, [p.grad for ps in others.values() for p in ps], self._shared_by)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -600,5 +625,5 @@ class BucketedOptimizer(PairedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict."""
         for bucket in self._buckets:
-            bucket.settle(wait=True)
+            bucket.settle()
         return super().state_dict()

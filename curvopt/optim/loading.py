@@ -28,8 +28,8 @@ def restore(
     for p, _, state in _matched(groups, state_dict):
         for key in small & state.keys():
             states[p][key] = state[key].to(p.device, copy=True)
-        if isinstance(step := state.get("step"), (int, float)):  # before steps were tensors
-            states[p]["step"] = torch.tensor(float(step))
+        if (step := state.get("step")) is not None:  # torch leaves it where it was saved; once it was a number
+            states[p]["step"] = torch.as_tensor(step, dtype=torch.float32).to(p.device, copy=True)
 
 
 def _matched(

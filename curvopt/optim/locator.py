@@ -105,7 +105,9 @@ class ParameterLocator:
         """Return the parameter that stands where ``p`` stood; ``p`` if none does, or while FSDP2 has it unsharded."""
         at = self._at.get(p)
         now = None if at is None else at[0]._parameters.get(at[1])
-        return p if now is None or (is_sharded(p) and not is_sharded(now)) else now
+        if now is None or now is p:
+            return p
+        return p if is_sharded(p) and not is_sharded(now) else now
 
 
 def trainable(model: nn.Module, adapter: str | None) -> list[Tensor]:

@@ -182,6 +182,7 @@ class SampleMasks:
 
     Attributes:
         enabled: False once `remove` was called.
+        pairs: what is masked.
     """
 
     def __init__(self, nests: Iterable[MaskedPair], warmup: str, before: "SampleMasks | None" = None) -> None:
@@ -189,7 +190,8 @@ class SampleMasks:
         if before is not None:
             before.remove()
         self._warmup = warmup
-        self._records = {nest.pair: _Record(nest) for nest in nests}
+        self.pairs = list(nests)
+        self._records = {nest.pair: _Record(nest) for nest in self.pairs}
         self._hooks = PairHooks()
         self._draw: float | None = None
         self._steps = 0
@@ -222,11 +224,6 @@ class SampleMasks:
         """Remove the hooks permanently."""
         self.enabled = False
         self._hooks.remove_all()
-
-    @property
-    def pairs(self) -> list[MaskedPair]:
-        """What is masked."""
-        return [record.nest for record in self._records.values()]
 
     def advance(self, draw: float | None, buckets: Sequence[Bucket], moved: Sequence[Bucket]) -> None:
         """End a step: warn of pairs that were not masked, look after the hooks, arm them for the next step.

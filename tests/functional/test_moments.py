@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from oracles import EPS, average, bits
 from strategies import dims, few, generator, ranks, seeds, small_ranks, some, stack_sizes
 
-from curvopt.functional.moments import ema_, ema_weight, gram, gram_add_, gram_many, trace
+from curvopt.functional import trace
+from curvopt.functional.moments import ema_, ema_weight, gram, gram_add_, gram_many
 
 DECAYS = [0.0, 0.5, 0.95, 0.999, 1 - 1e-7, 1.0]
 

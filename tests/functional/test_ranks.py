@@ -129,7 +129,7 @@ def test_entropy_rank_by_hand():
 @some
 def test_entropy_rank_is_bounded_scale_free_and_symmetric(energy, exponent, seed):
     n = entropy_rank(energy)
-    active = (energy > 0).sum(-1)
+    active = (energy > 0).sum(-1).double()
     assert ((n >= (active > 0).double() * (1 - 1e-13)) & (n <= active * (1 + 1e-13))).all()
     torch.testing.assert_close(entropy_rank(energy * 10.0**exponent), n, rtol=1e-12, atol=0)
     order = torch.randperm(energy.shape[-1], generator=generator(seed))

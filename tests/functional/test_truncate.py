@@ -1,13 +1,12 @@
 """truncate.py: exactly zero, in place, on both storages."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import bits
 from strategies import DTYPES, dims, few, generator, ranks, seeds, stack_sizes
 
-from curvopt.functional.truncate import scale_rows_, truncate_
+from curvopt.functional.truncate import truncate_
 
 
 @given(seeds, stack_sizes, ranks, dims, st.sampled_from(DTYPES), st.data())
@@ -35,20 +34,3 @@ def test_idempotent_and_monotone():
     once = truncate_(X.clone(), torch.tensor([3, 2]), 1)
     assert torch.equal(truncate_(once.clone(), torch.tensor([3, 2]), 1), once)
     assert torch.equal(truncate_(once.clone(), torch.tensor([5, 5]), 1), once)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_scale_rows(dtype):
-    X = torch.randn(2, 3, 4, generator=generator(1)).to(dtype)
-    scale = torch.tensor([[1.0, 2.0, 0.5], [3.0, 0.0, -1.0]])
-    expected = torch.stack([torch.stack([X[i, j] * scale[i, j].to(dtype) for j in range(3)]) for i in range(2)])
-    assert torch.equal(scale_rows_(X.clone(), scale, 1), expected)
-    assert torch.equal(scale_rows_(X.mT.clone(), scale, 2), expected.mT)
-    assert torch.equal(scale_rows_(X.clone(), scale[0], 1)[1], X[1] * scale[0].to(dtype)[:, None])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scale_rows_of_sixteen_bits_rounds_once(dtype):
-    X = torch.randn(2, 4, 64, generator=generator(2)).to(dtype)
-    scale = torch.tensor([1 / 3, 1 / 7, 1.1, 0.3])
-    assert torch.equal(scale_rows_(X.clone(), scale, 1), (X.float() * scale[:, None]).to(dtype))

@@ -85,8 +85,13 @@ def test_the_look_at_the_gradients_makes_their_products(device):
     alone = plan.outer_products()
     plan.nonfinite_(flag)
     with launches() as seen:
+        # the statistics of the gradients are among them
+        torch.testing.assert_close(plan.grams("gradients"), alone[:, :, :8], rtol=0, atol=0)
         assert torch.equal(plan.outer_products(), alone) and not flag
     assert not seen
+    with launches() as seen:
+        plan.grams("gradients")  # products are used once
+    assert seen
     # one bad number, in the last column of the last matrix, is enough; large ones are not bad
     for bad, expected in ((1e30, 0.0), (float("nan"), 1.0), (float("-inf"), 1.0)):
         ours[1].grads[0, -1, -1] = bad
@@ -119,7 +124,7 @@ def test_maps_are_taken_anew_for_every_step(device):
     plan.load(gradients(ours))
     with pytest.raises(RuntimeError, match="take_outer"):
         plan.step(torch.zeros((), device=device))
-    with pytest.raises(ValueError, match="maps must be"):
+    with pytest.raises(ValueError, match="M must be"):
         plan.take_outer(torch.zeros(3, 23, 23, device=device))
 
 

@@ -79,3 +79,51 @@ def test_the_count_sees_a_second_bucket():
         return GritKFAC(groups, model=model, statistics="none")
 
     assert third_step(two_groups, 4)[0] == 2 * third_step(lambda m: GritKFAC(m, statistics="none"), 4)[0]
+
+
+def test_one_gradient_in_another_order_does_not_cost_the_kernels():
+    model = nn.ModuleList([Pair(32, 16) for _ in range(2)])
+    with as_on_a_device() as (launched, _):
+        optimizer = GritKFAC(model)
+        for i in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            if i == 1:
+                p.grad = p.grad.T.contiguous().T
+            launched.clear()
+            optimizer.step()
+            assert len(launched) == 6, i
+        assert optimizer.diagnostics()["fallbacks"] == []
+
+
+def test_a_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, which is another where a model is spread over several."""
+    current, used = [0], []
+
+    class OnTheSecond(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    @contextmanager
+    def entered(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: used.append(current[0])
+
+    monkeypatch.setattr(launch, "_KEEPS", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    launch.run(Kernel(), (1,), OnTheSecond(torch.zeros(1)), 1.0)
+    assert used == [1] and current == [0]
+
+
+def test_a_learning_rate_on_the_host_is_refused_in_a_capture(monkeypatch):
+    """A graph would keep the value that it has now, whatever a schedule makes of it."""
+    optimizer = GritKFAC(nn.ModuleList([Pair(32, 16)]), lr=torch.tensor(1e-3), capturable=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"lr must be a number, or a tensor on the device, to capture a step, got"):
+        optimizer.step()

@@ -338,3 +338,9 @@ def test_a_grad_scaler_changes_nothing():
             scaler.update()
         runs.append(models.snapshot(model))
     models.assert_near(*runs, rtol=1e-6, atol=1e-7)  # a power of two: exact but for the order
+
+
+def test_release_is_a_call_too_many():
+    optimizer = MatryoshkaScaledAdam(models.mlp())
+    with pytest.warns(FutureWarning, match="remove the call"):
+        optimizer.release()

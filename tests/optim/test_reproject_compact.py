@@ -5,7 +5,9 @@ import oracles
 import pytest
 import torch
 from grit_kit import RULES, WIDE, cut, fork
+from peft import LoraConfig, get_peft_model
 
+from curvopt import GritKFAC
 from curvopt.lora import find_lora_pairs
 
 
@@ -113,3 +115,25 @@ def test_peft_saves_and_loads_a_compacted_adapter(rslora, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(models.llama_ids(5)).logits, after)
     assert {pair.name: pair.rank for pair in find_lora_pairs(loaded)} == live
+
+
+def test_state_that_happens_to_be_square_is_not_cut():
+    """r = k = d_in: the basis of the outer factor of A is r×r, and not on the rank side."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 3))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["0"], init_lora_weights=False))
+    optimizer = GritKFAC(model, lr=1e-2, rank_threshold=0.5, reproject_every=2, min_rank=1)
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+
+    train(12)
+    V = {s.param: optimizer.state[s.param]["outer_basis"].clone() for s in optimizer.sides}
+    assert {V[s.param].shape for s in optimizer.sides} == {(8, 8), (64, 16)}
+    assert max(optimizer.compact().values()) < 8
+    assert all(torch.equal(optimizer.state[p]["outer_basis"], kept) for p, kept in V.items())
+    train(2)
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -174,3 +174,21 @@ def test_the_gradients_of_a_product_are_symmetric(dtype):
     assert found[0] < 8 * torch.finfo(dtype).eps and found[1] > 0.5
     zero = torch.zeros(1, 8, 8)
     assert asymmetry(zero, zero) == torch.inf and asymmetry(zero, zero + torch.nan) == torch.inf
+
+
+def test_what_one_reprojection_found_outlasts_that_of_other_pairs():
+    model = handmade("nonlinearity")
+    groups = [
+        {"params": [layer.lora_A.weight, layer.lora_B.weight], "reproject_every": every}
+        for layer, every in ((model[0], 2), (model[2], 3))
+    ]
+    optimizer = GritKFAC(groups, lr=1e-2, model=model)
+    found = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(16, 8, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        found.append([bool(optimizer.entangled(pair)) for pair in optimizer.pairs])
+    optimizer.add_param_group({"params": list(model[4].parameters())})  # pairs are found again
+    found.append([bool(optimizer.entangled(pair)) for pair in optimizer.pairs])
+    assert found == [[False, False], [True, False], [True, True], [True, True], [True, True]]

@@ -97,7 +97,7 @@ def test_new_group_dicts_go_on(make):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"damping": -1.0}, "damping must be a number > 0, got -1.0"),
+        ({"damping": -1.0}, "damping must be a number > 0, or a 0-d tensor, got -1.0"),
         ({"lr": -1.0}, "lr must be a number ≥ 0, got -1.0"),
         ({"update": "adam"}, "update must be what it was at the first step, 'polar'"),
         ({"sides": "paper"}, "sides must be what it was at the first step, 'kfac'"),
@@ -239,3 +239,24 @@ def test_copies_are_independent(make):
     steps(twin, other, 2)
     steps(model, optimizer, 2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("after", ["a load", "a new group", "an edit of another group"])
+def test_edits_of_what_the_state_was_made_for_are_refused_at_any_time(after):
+    """Also where the pairs have been found anew since the last step."""
+    model = build()
+    pairs = find_lora_pairs(model)
+    groups = [{"params": [pair.A, pair.B]} for pair in pairs]
+    optimizer = GritKFAC(groups, lr=1e-2, model=model, update="adam", statistics="gradient")
+    steps(model, optimizer)
+    if after == "a load":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif after == "a new group":
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    else:
+        optimizer.param_groups[0]["lr"] = 1e-3
+        optimizer._index_pairs()
+    for group in optimizer.param_groups:
+        group["update"] = "momentum"
+    with pytest.raises(ValueError, match="update must be what it was at the first step, 'adam'"):
+        steps(model, optimizer)

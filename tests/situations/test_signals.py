@@ -150,3 +150,16 @@ def test_a_fused_forward_is_told_of():
             for p in model.parameters():
                 p.grad = torch.ones_like(p) if p.requires_grad else None
             optimizer.step()
+
+
+def test_a_mask_is_gone_after_a_step_that_observes_nothing():
+    """Also where gradients are reset by the model, which the optimizer does not see."""
+    model = build()
+    optimizer = rank_side(model, lr=1e-2, factor_every=2)
+    for i in range(3):
+        model.zero_grad()
+        if i == 1:  # no observation falls on this step
+            optimizer.mask_rows(torch.zeros(32))
+        loss(model).backward()
+        optimizer.step()
+    assert optimizer.state[optimizer.pairs[0].A]["rows"] == 64  # two times all of the rows

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from situations_kit import X, build, factor, loss, steps, weights
 
 from curvopt import MatryoshkaScaledAdam
+from curvopt.optim import loading
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
@@ -115,3 +116,27 @@ def test_the_sampled_rank_survives_without_group_settings():
         ends.append(weights(model))
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
     assert X.shape == (32, 8)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_replaced_is_the_one_that_counts(key):
+    model, twin = build(), build()
+    optimizer, other = (rank_side(m, lr=1e-2) for m in (model, twin))
+    steps(model, optimizer, 2)
+    steps(twin, other, 2)
+    p, q = optimizer.sides[0].param, other.sides[0].param
+    optimizer.state[p][key] = torch.zeros_like(optimizer.state[p][key])
+    other.state[q][key].zero_()  # the same in place
+    steps(model, optimizer)
+    steps(twin, other)
+    assert torch.equal(p, q) and torch.equal(optimizer.state[p][key], other.state[q][key])
+    assert optimizer.state[p][key].any()
+
+
+def test_saved_steps_go_where_the_parameters_are():
+    """torch leaves a saved ``step`` on the device that it was saved on, or mapped to."""
+    p = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    states = {p: {"step": torch.tensor(3.0)}}
+    saved = {"param_groups": [{"params": [0]}], "state": {0: {"step": torch.tensor(3.0)}}}
+    loading.restore(states, [{"params": [p]}], saved, frozenset())
+    assert states[p]["step"].device == p.device and states[p]["step"].dtype == torch.float32

@@ -21,8 +21,9 @@ from curvopt.optim.base import PRECONDITIONED_BY, Side
 from curvopt.optim.bucket import Bucket, sum_over_pieces
 from curvopt.optim.grit import outer
 
-# one observation per side of a bucket [T, r, r], and the rows behind each [T]; NaN for a pair that was not observed
-Observation = tuple[Tensor, Tensor]
+# one observation per side of a bucket [T, r, r], NaN for a pair that was not observed; the rows behind each [T], or
+# None for one each
+Observation = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,20 @@ class Curvature:
         # by pair of a layer not known to be plain: whether its basis mattered at the last reprojection
         self.entangled: dict[LoraPair, Tensor] = {}
         if before is not None:
+            known = {id(pair.A): held for pair, held in before.entangled.items()}
+            self.entangled = {pair: known[id(pair.A)] for pair in pairs if id(pair.A) in known}
+            self._warned = before._warned
             before.capture.remove()
         self.capture.attach()
         if before is not None:
             self.capture.adopt(before.capture)
 
     def arm(self, buckets: Sequence[Bucket], sides: Sequence[Side]) -> None:
-        """Let the hooks run only on the way to a step that will observe."""
-        if self.capture.pairs:
-            made = sum(len(b.sides) for b in buckets)
-            ahead = (b for b in buckets if b.kind.hooks)
-            self.capture.active = made < len(sides) or any(b.due("factor_every", ahead=1) for b in ahead)
+        """End a step: hooks run only on the way to a step that will observe, or may have to, and the mask is gone."""
+        made = sum(len(b.sides) for b in buckets)
+        ahead = (b for b in buckets if b.kind.hooks)
+        self.capture.active = made < len(sides) or any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
+        self.capture.mask = None
 
     # ------------------------------------------------------------------ observing
 
@@ -101,7 +105,7 @@ class Curvature:
                 state, decay = bucket.state, bucket.group["factor_decay"] if source.averaged else 0.0
                 flag = found_inf[bucket.device]
                 took = self._ops("ema_", state["factor"], S_new, state["observed"], decay, flag)
-                state["rows"].add_(torch.where(took, rows, 0.0))
+                state["rows"].add_(took if rows is None else torch.where(took, rows, 0.0))
                 bucket.did("factor_every", flag)
 
     def warn_of_silence(self, buckets: Sequence[Bucket]) -> None:
@@ -153,7 +157,7 @@ class Curvature:
         if found is None or found.store() is not store:
             P = len(store.index)
             which = ["ud".index(s.moment()) for s in bucket.sides]
-            pairs = [store.index.get(s.pair, 0) for s in bucket.sides]
+            pairs = [store.index[s.pair] for s in bucket.sides]
             index = torch.tensor([half * P + i for half, i in zip(which, pairs, strict=True)], device=bucket.device)
             is_u = torch.tensor([half == 0 for half in which], device=bucket.device)
             found = self._places[bucket] = _Places(weakref.ref(store), index, is_u, pairs)
@@ -226,7 +230,7 @@ def from_activations(curvature: Curvature, buckets: Sequence[Bucket]) -> list[Ob
     """
     curvature.warn_of_silence(buckets)
     curvature.summed(buckets)
-    observed = []
+    observed: list[Observation] = []
     for bucket in buckets:
         r, T = bucket.r, len(bucket.sides)
         key = (r, bucket.compute_dtype, bucket.device)
@@ -277,7 +281,7 @@ def _paired(buckets: Sequence[Bucket], grams: list[Tensor], which: dict[str, str
     """Return the Gram matrices ``[T, r, r]`` where each side wants them: its own, or those of its pair's other side."""
     sum_over_pieces(buckets, grams)
     found: dict[tuple[LoraPair, str], Tensor] = {}
-    observed = []
+    observed: list[Observation] = []
     own = all(PRECONDITIONED_BY[b.group["sides"]] == which for b in buckets)
     for bucket, G in zip(buckets, grams, strict=True) if not own else ():
         found |= {(s.pair, which[s.name]): S for s, S in zip(bucket.sides, G.unbind(), strict=True)}
@@ -285,7 +289,7 @@ def _paired(buckets: Sequence[Bucket], grams: list[Tensor], which: dict[str, str
         if not own:
             nothing = torch.full_like(bucket.state["factor"][0], torch.nan)  # the partner is frozen or idle
             G = torch.stack([found.get((s.pair, s.moment()), nothing) for s in bucket.sides])
-        observed.append((G, torch.ones(len(bucket.sides), dtype=torch.float64, device=bucket.device)))
+        observed.append((G, None))
     return observed
 
 

@@ -13,7 +13,7 @@ from curvopt.functional.update import RULES, Slab
 from curvopt.lora import LoraPair, resize_pair
 from curvopt.lora.resize import check_resize
 from curvopt.optim.base import Side
-from curvopt.optim.bucket import Bucket, BucketedOptimizer, on_pieces
+from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer, on_pieces
 from curvopt.optim.checking import check
 from curvopt.optim.grit import diagnostics, outer, reproject, settings
 from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
@@ -22,6 +22,9 @@ from curvopt.optim.nesting import MaskedPair, SampleMasks, StepDraw, sample_rank
 from curvopt.optim.reordering import entangled
 
 T = TypeVar("T", bound="GritKFAC")
+WARMUP = "warm-up"  # Adam without a matrix
+# the state of a side that is r×r: its factor, and what the rules make of it
+MATRICES = {"factor", *(rule.key for rule in RULES.values() if rule.key is not None)}
 
 
 class GritKFAC(BucketedOptimizer):
@@ -81,8 +84,9 @@ class GritKFAC(BucketedOptimizer):
             works with ``update="polar"`` without reprojection, which needs no pairs.
         maximize: maximise the loss.
         capturable: steps may be captured in a CUDA graph, after one or more eager ones and with gradients that stay in
-            place. A replay repeats what the captured step did: pass ``lr`` (and ``damping``) as tensors, and capture a
-            step with new matrices and one without, or set both cadences to 1. Reprojection needs eager steps.
+            place. A replay repeats what the captured step did: pass ``lr`` (and ``damping``) as tensors on the
+            device, and capture a step with new matrices and one without, or set both cadences to 1. Reprojection needs
+            eager steps.
         model: the module to search when ``params`` are groups of tensors.
         advanced: keywords that most runs leave alone: nested ranks, cadences and decay of the factors, the kind of
             reprojection, adapter, backend, process group; see `curvopt.optim.grit.AdvancedSettings`.
@@ -102,10 +106,7 @@ class GritKFAC(BucketedOptimizer):
     _instead = 'Pass the model itself, low_rank="shape" for tensors without names, or require_pairs=False'
     _join_config: Any = None  # by torch's protocol of joinable objects; None outside of Join
     _small = frozenset(
-        {"skipped", "cadence", "factor", "observed", "rows", "rank", "pending", "kept"}
-        | outer.SMALL
-        | StepDraw.SMALL
-        | {rule.key for rule in RULES.values() if rule.key is not None}
+        {"skipped", "cadence", "observed", "rows", "rank", "pending", "kept"} | MATRICES | outer.SMALL | StepDraw.SMALL
     )
 
     def __init__(
@@ -166,45 +167,67 @@ class GritKFAC(BucketedOptimizer):
         """Take one step; returns what ``closure`` returned, if given."""
         self._check_capture()
         loss = self._evaluate(closure)
-        self._joining(None)
+        if self._join_config is not None:
+            self._announce()
         buckets, others = self._read()
         for bucket in buckets:
             bucket.tick()
-            bucket.begin(self._planned(bucket), self._make_plan)
+            bucket.begin(self._rule_now(bucket), self._make_plan)
         found_inf = self._found_inf(buckets, others)
-        self._joining(found_inf)
-        self._curvature.observe(due(buckets, "factor_every"), found_inf)  # S ← S + w (zᵀz/N − S)
-        for bucket in due(buckets, "inverse_every"):
-            self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
-        reprojected = due(buckets, "reproject_every")
+        if self._join_config is not None:
+            self._agree(found_inf)
+        observed = [b for b in buckets if "factor" in b.state]  # of others nothing reads S_u and S_d
+        if observed:
+            self._curvature.observe(due(observed, "factor_every"), found_inf)  # S ← S + w (zᵀz/N − S)
+            for bucket in due(observed, "inverse_every"):
+                self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
+        reprojected = [b for b in buckets if b.due("reproject_every")]
         if reprojected:  # gradients are those of the weights before the step
-            self._curvature.entangled = entangled(reprojected, self._masks.pairs)
+            self._curvature.entangled |= entangled(reprojected, self._masks.pairs)
         for bucket in buckets:
             if bucket.outer_rank:
-                outer.precondition(
-                    bucket, self._ops, found_inf[bucket.device]
-                )  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
+                self._precondition(bucket, found_inf[bucket.device])  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
             bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
-        self._update_others(others, found_inf)
+        if others:
+            self._update_others(others, found_inf)
         if reprojected:
-            held = self._curvature.entangled
-            reproject.change_basis(reprojected, found_inf, self._curvature, held)  # A ← T A, B ← B T⁻¹, mask
-        self._curvature.arm(self._buckets, self._sides)
+            reproject.change_basis(reprojected, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
+        if self._curvature.capture.pairs:
+            self._curvature.arm(self._buckets, self._sides)
         if self._masks.pairs:
             self._masks.advance(self._draws.next(), self._buckets, buckets)  # the ranks of the next step's samples
         return loss
 
-    def _planned(self, bucket: Bucket) -> str:
-        """Return the name of the bucket's plan in this step: its rule's, or plain Adam until the warm-up is over."""
-        g = bucket.group
+    def _rule_now(self, bucket: Bucket) -> str:
+        """Return the bucket's rule in this step; plain Adam until the warm-up is over."""
+        return WARMUP if bucket.steps <= bucket.group["warmup_steps"] else bucket.group["update"]
+
+    def _precondition(self, bucket: Bucket, found_inf: Tensor) -> None:
+        """S ← β S + (1−β) ∇ᵀ∇/r, and let the plan read ∇ S̃^(-1/2) for ∇ in this step; plain ∇ during the warm-up.
+
+        DDP has averaged the gradients, so every process has the same factor; pieces of a sharded matrix are summed.
+        """
+        state, g, plan = bucket.state, bucket.group, bucket.plan
+        products, shards = plan.outer_products(), bucket.blocks[0].shards
+        if shards is not None:
+            shards.sum_(products)
+        S = state["outer_eigenvalues"], state["outer_trace"]
+        decay = g["factor_decay"]
+        if decay == 1:  # the running mean: the newest of t gradients weighs 1/t
+            decay = 1 - 1 / (state["step"] + 1)
+        M, *new = plan.outer_map(products, *S, bucket.widths, decay, g["damping"], found_inf)
+        torch._foreach_copy_(S, new)
         if bucket.steps <= g["warmup_steps"]:
-            return "adam"
-        return f"{g['update']} with its matrix, {'live ranks' if g['rank_threshold'] is not None else 'all ranks'}"
+            M[:, : bucket.r] = torch.eye(bucket.r, M.shape[2], dtype=M.dtype, device=M.device)
+        plan.take_outer(M)
 
     def _make_plan(self, bucket: Bucket, name: str) -> tuple[Any, list[Slab]]:
-        """Return a plan of a bucket and its slabs, for as long as parameters and state stay where they are."""
-        rule = RULES["adam" if name == "adam" else bucket.group["update"]]
-        matrix = None if name == "adam" or rule.key is None else bucket.state.get(rule.key)
+        """Return a plan of a bucket and its slabs, for as long as parameters and state stay where they are.
+
+        The rule's matrices are views of the state, which `Curvature.refresh` writes in place.
+        """
+        rule = RULES["adam" if name == WARMUP else name]
+        matrix = None if name == WARMUP or rule.key is None else bucket.state.get(rule.key)
         k = live_rank(bucket)
         slabs = []
         for block in bucket.blocks:
@@ -362,15 +385,14 @@ class GritKFAC(BucketedOptimizer):
         """The processes over which statistics are summed."""
         return dist.group.WORLD if self._process_group is None else self._process_group
 
-    def _joining(self, found_inf: dict[torch.device, Tensor] | None) -> None:
-        """Inside of ``Join``, which sets ``_join_config``: announce a step, and agree on whether it counts."""
-        if self._join_config is None:
-            return
-        if found_inf is None:
-            from torch.distributed.algorithms.join import Join, Joinable
+    def _announce(self) -> None:
+        """Inside of ``Join``, which sets ``_join_config``: tell the others of a step."""
+        from torch.distributed.algorithms.join import Join, Joinable
 
-            Join.notify_join_context(cast(Joinable, self))  # the protocol is by attributes
-            return
+        Join.notify_join_context(cast(Joinable, self))  # the protocol is by attributes
+
+    def _agree(self, found_inf: dict[torch.device, Tensor]) -> None:
+        """Inside of ``Join``: let a step count only if it does so on every process."""
         for flag in found_inf.values():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._process_group)
 
@@ -390,12 +412,13 @@ class GritKFAC(BucketedOptimizer):
 
     def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
         super()._check_edit(before, g)
-        settings.check_edit(before, g, any(b.group is g for b in self._buckets))
+        stepped = any("step" in self.state.get(s.param, ()) for s in self._sides if s.group is g)
+        settings.check_edit(before, g, stepped)
         if any(before[key] != g[key] for key in ("statistics", "nested_ranks")):
             self._index_pairs()
-        if before["damping"] is not g["damping"]:
+        if before["damping"] is not g["damping"] or before["rank_threshold"] != g["rank_threshold"]:
             for bucket in self._buckets:
-                bucket.forget_plans()
+                bucket.forget_plan()
 
     def _check_pairs(self) -> None:
         super()._check_pairs()
@@ -444,11 +467,11 @@ class GritKFAC(BucketedOptimizer):
 
 def _sliced(side: Side, state: dict[str, Any], k: int) -> dict[str, Any]:
     """Return copies of a parameter's state cut to its first k directions."""
-    r, cut = side.pair.rank, {}
+    cut = {}
     for key, value in state.items():
-        if key.startswith("exp_avg"):
+        if key in MOMENTS:
             value = value.narrow(side.rank_dim - 1, 0, k)
-        elif value.shape == (r, r):
+        elif key in MATRICES:
             value = value[:k, :k]
         cut[key] = value.clone()
     return cut

@@ -18,10 +18,9 @@ from curvopt.optim.reordering import Entangled, Place, alike, free, weight_facto
 MIN_SAMPLES = 64
 
 
-def change_basis(
-    buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature, held: Entangled
-) -> None:
-    """Change the basis, and with it the rank, as each group asks; not that of the pairs that ``held`` says."""
+def change_basis(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
+    """Change the basis, and with it the rank, as each group asks; not that of entangled pairs."""
+    held = curvature.entangled
     gauged = [b for b in buckets if b.group["reprojection"] == "balanced"]
     projected = [b for b in buckets if b.group["reprojection"] in ("paper", "paper-one-sided")]
     if gauged:

@@ -43,8 +43,8 @@ class AdvancedSettings(TypedDict, total=False):
     Attributes:
         sides: ``"kfac"`` (default): S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
-        factor_decay: EMA decay β of the factors, in [0, 1], bias-corrected; 1 is GRIT's running mean, which never
-            forgets. Default 0.95.
+        factor_decay: decay β of the averages of all factors, in [0, 1]; 1 is GRIT's running mean, which never forgets.
+            Default 0.95.
         factor_every: steps between two observations of S_u and S_d, ≥ 1; the hooks are idle in between. Default 1.
         inverse_every: steps between two computations of the eigenbases, inverses or roots of S_u and S_d, ≥ 1.
             Default 10.
@@ -138,7 +138,9 @@ def check_group(g: dict[str, Any]) -> None:
     choices = {"statistics": tuple(SOURCES), "sides": SIDES, "update": tuple(RULES), "reprojection": REPROJECTIONS}
     for name, allowed in choices.items():
         check(name, g[name], g[name] in allowed, f"one of {', '.join(map(repr, allowed))}")
-    check("damping", g["damping"], is_number(g["damping"]) and g["damping"] > 0, "a number > 0")
+    damping = g["damping"]
+    fits = is_number(damping) and damping > 0 and getattr(damping, "ndim", 0) == 0
+    check("damping", damping, fits, "a number > 0, or a 0-d tensor")
     decay = g["factor_decay"]
     check("factor_decay", decay, is_number(decay) and 0 <= decay <= 1, "a number in [0, 1]")
     for name, least in (

@@ -1,5 +1,6 @@
 """MatryoshkaScaledAdam: one training run of plain LoRA modules, an accurate adapter at every nested rank."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -140,7 +141,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         held = entangled(due, self._masks.pairs)  # gradients are those of the weights before the step
         for bucket in buckets:
             bucket.step(found_inf[bucket.device])  # row by row: lr Q_i, ε / Q_i
-        self._update_others(others, found_inf)
+        if others:
+            self._update_others(others, found_inf)
         if due:
             reorder(due, found_inf, held)  # A ← T A, B ← B T⁻¹
         self._draw()  # DyLoRA: Ã ← P_ρ A / s for the next ρ
@@ -322,7 +324,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         self._masks.remove()
 
     def release(self) -> None:
-        """Do nothing; optimizers of this class no longer claim their adapters."""
+        """Do nothing, and warn; optimizers of this class no longer claim their adapters."""
+        warnings.warn("release() has nothing to do any more: remove the call", FutureWarning, stacklevel=2)
 
     # ------------------------------------------------------------------ plumbing
 
