@@ -28,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from curvopt.distributed import is_sharded, world_size
 from curvopt.functional import compute_dtype
-from curvopt.lora.hooks import Arrival, PairHooks, Watch, continues, on_arrival
+from curvopt.lora.hooks import Arrival, PairHooks, Watch, backward_pass, continues, on_arrival
 from curvopt.lora.pair import LoraPair
 from curvopt.ops import Ops, on_device
 
@@ -93,12 +93,14 @@ class _Call:
         mask: Which rows are real, (n,), or None.
         d: (n, r), what the last backward brought, while the gradient has not arrived yet.
         counted: d as it was counted last, for backward passes to come.
+        backward: Number of the backward pass that brought d.
     """
 
     u: Tensor | None
     mask: Tensor | None
     d: Tensor | None = None
     counted: Tensor | None = None
+    backward: int = -1
 
 
 @dataclass(eq=False)
@@ -194,7 +196,7 @@ class Capture:
         """Register the hooks; modules and parameters replaced since the last call are hooked again."""
         self._many = world_size() > 1
         for pair, record in self._records.items():
-            module = pair.signal
+            module = pair.signal if pair.exists else None
             now: tuple[Any, ...] = () if module is None else (module, pair.A, pair.B)
             if self._hooks.stand_on(pair, now):
                 continue
@@ -223,9 +225,9 @@ class Capture:
         Where parameters were replaced since the backward (FSDP2), no hook will tell of their gradients any more.
         """
         other.flush()
-        before = {id(record.pair.A): record for record in other._records.values()}
+        before = {id(record.pair.A): record for record in other._records.values() if record.pair.exists}
         for pair, record in self._records.items():
-            old = other._records.get(pair) or before.get(id(pair.A))
+            old = other._records.get(pair) or (before.get(id(pair.A)) if pair.exists else None)
             if old is None:
                 continue
             record.waiting = list(old.waiting)
@@ -239,7 +241,9 @@ class Capture:
                 mine.sums[:, j].copy_(store.sums[:, i])
                 mine.n[j] = store.n[i]
             if record.at_once:
-                self._count(record)
+                for call in record.waiting:
+                    self._take(record, call)
+                record.waiting.clear()
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -345,7 +349,7 @@ class Capture:
                 UserWarning,
                 stacklevel=2,
             )
-        call.d = d.detach()
+        call.d, call.backward = d.detach(), backward_pass()
         if call not in record.waiting:
             record.waiting.append(call)
             self._touched.add(record)
@@ -372,9 +376,12 @@ class Capture:
         return A is not None and bool(A.requires_grad)
 
     def _count(self, record: _Record) -> None:
+        """Count what this backward pass has brought; what `torch.autograd.grad` left behind stays uncounted."""
+        now = backward_pass()
         for call in record.waiting:
-            self._take(record, call)
-        record.waiting.clear()
+            if call.backward == now:
+                self._take(record, call)
+        record.waiting = [call for call in record.waiting if call.backward != now]
 
     def _drop(self, record: _Record) -> None:
         """Forget what was counted for a gradient that is gone."""

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from curvopt.distributed import all_reduce_sums, is_sharded, local, placed_like, whole, world_size
 from curvopt.functional import compute_dtype
-from curvopt.lora.hooks import Arrival, Watch, continues, on_arrival
+from curvopt.lora.hooks import Arrival, Watch, backward_pass, continues, on_arrival
 from curvopt.lora.pair import LoraPair
 
 Product = Callable[[LoraPair, Tensor, Tensor], dict[str, Tensor]]
@@ -201,7 +201,7 @@ class BaseGradients:
         """Keep what a backward brings to one layer until the gradient of B arrives."""
         if g.requires_grad:
             self.differentiable = record.pair.name
-        record.waiting.append((_backward_pass(), x, g.detach()))
+        record.waiting.append((backward_pass(), x, g.detach()))
         if record.at_once or not record.pair.B.is_leaf:
             self._count(record)
         if not record.at_once and not record.pair.B.is_leaf:
@@ -217,7 +217,7 @@ class BaseGradients:
         record.land()
 
     def _count(self, record: _Record) -> None:
-        now = _backward_pass()
+        now = backward_pass()
         come = [(x, g) for number, x, g in record.waiting if number == now]
         record.waiting = [entry for entry in record.waiting if entry[0] != now]
         with torch.no_grad():
@@ -237,11 +237,6 @@ class BaseGradients:
 
 def _whole(pair: LoraPair, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"gradient": layer_gradient(pair, x, g)}
-
-
-def _backward_pass() -> int:
-    """Return the number of the backward pass that is running on this thread; −1 outside of one."""
-    return torch._C._current_graph_task_id()
 
 
 def _remove_all(handles: list[Any]) -> None:
@@ -287,7 +282,7 @@ class _Hook(Watch):
             return None
         if not (torch.is_grad_enabled() and output.requires_grad):
             return None
-        if _backward_pass() == -1:
+        if backward_pass() == -1:
             record.waiting.clear()  # of a backward that was broken off, or filled no gradient
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None:

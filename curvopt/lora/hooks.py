@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -116,3 +117,8 @@ def continues(grad: Tensor, version: int, many: bool) -> bool:
             that the gradient is another.
     """
     return grad._version > version if many else grad._version == version + 1
+
+
+def backward_pass() -> int:
+    """Return the number of the backward pass that is running on this thread; −1 outside of one."""
+    return torch._C._current_graph_task_id()

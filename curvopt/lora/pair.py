@@ -62,6 +62,14 @@ class LoraPair:
         """The current parameter B."""
         return self.fixed[1] if self.fixed else resolve(self.module, self.keys[1])
 
+    @property
+    def exists(self) -> bool:
+        """Whether the model still has the pair: PEFT can delete an adapter."""
+        try:
+            return isinstance(self.A, Tensor) and isinstance(self.B, Tensor)
+        except (AttributeError, KeyError):
+            return False
+
     def owner(self, side: str) -> Any:
         """The module or dict that holds "A" or "B" now; None if the pair was made from names alone."""
         return resolve(self.module, self.keys["AB".index(side)][:-1]) if self.keys else None

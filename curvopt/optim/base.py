@@ -179,13 +179,13 @@ class PairedOptimizer(torch.optim.Optimizer):
 
     @property
     def pairs(self) -> list[LoraPair]:
-        """The pairs this optimizer trains, in module order."""
-        return list(self._pairs)
+        """The pairs this optimizer trains, in module order; without those that were deleted from the model."""
+        return [pair for pair in self._pairs if pair.exists]
 
     @property
     def sides(self) -> list[Side]:
         """The matrices of `pairs` that are in the param groups."""
-        return list(self._sides)
+        return [side for side in self._sides if side.pair.exists]
 
     @property
     def model(self) -> nn.Module | None:
@@ -341,7 +341,7 @@ class PairedOptimizer(torch.optim.Optimizer):
             self._check_group(g)
         self._index_pairs()
         now = {p for g in self.param_groups for p in g["params"]}
-        lost = [pair.name for pair in before if pair.A not in now and pair.B not in now]
+        lost = [pair.name for pair in before if pair.exists and pair.A not in now and pair.B not in now]
         foreign = now - familiar
         if lost and foreign:
             raise RuntimeError(

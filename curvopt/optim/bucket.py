@@ -151,6 +151,7 @@ class Bucket:
             shapes.setdefault((s.name, s.kind, *s.param.shape, *s.param.stride()), []).append(s)
         self.sides = [s for block in shapes.values() for s in block]
         self.params = [s.param for s in self.sides]
+        self._shapes = [p.shape for p in self.params]
         self.state: dict[str, Tensor] = {}
         self.blocks: list[Block] = []
         self.grads: list[Any] = []  # None for all sides of a bucket without gradients
@@ -258,7 +259,7 @@ class Bucket:
         ``prepare`` may change ``grads``, by then in the layout of the state, before the plan takes them.
 
         Raises:
-            ValueError: a parameter has another dtype or device than its state.
+            ValueError: a parameter has another dtype, device or shape than its state.
         """
         addresses = list(map(Tensor.data_ptr, self.params if self._plain else map(local, self.params)))
         if addresses != self._addresses:
@@ -285,15 +286,21 @@ class Bucket:
 
     def _moved_to(self, addresses: list[int]) -> None:
         """Note that parameters lie elsewhere than at the last step, for which no plan was made."""
-        self._addresses = addresses
-        self.forget_plan()
-        for s in self.sides:
+        for s, shape in zip(self.sides, self._shapes, strict=True):
+            if s.param.shape != shape:
+                raise ValueError(
+                    f"{s.name} of {s.pair.name} must stay {tuple(shape)}, as its optimizer state is, got "
+                    f"{tuple(s.param.shape)}: make a new optimizer after resizing, or take the state of its parameters "
+                    "out of optimizer.state"
+                )
             if (s.param.dtype, s.param.device) != (self.dtype, self.device):
                 raise ValueError(
                     f"{s.name} of {s.pair.name} must stay {self.dtype} on {self.device}, as its optimizer state "
                     f"is, got {s.param.dtype} on {s.param.device}: cast or move the model before the first step or "
                     "make a new optimizer and load the state"
                 )
+        self._addresses = addresses
+        self.forget_plan()
 
     def step(self, found_inf: Tensor) -> None:
         """Run the update and let go of the gradients."""
@@ -546,7 +553,7 @@ class BucketedOptimizer(PairedOptimizer):
             check_dense(bucket.grads)
         any_gradient = bool(live or any(others.values()))
         if changed or not any_gradient:
-            self._locator.look_after(any_gradient, changed)
+            self._locator.look_after(any_gradient)
         return live, others
 
     def _align(self) -> bool:

@@ -25,10 +25,8 @@ class ParameterLocator:
     """
 
     def __init__(self, model: nn.Module | None, groups: list[dict[str, Any]], whole: bool = False) -> None:
-        mine = {p for g in groups for p in g["params"]}
-        self._model = model
-        named = model.named_parameters() if model is not None and whole else ()
-        self._outside = [(name, p) for name, p in named if p not in mine]
+        self._mine = mine = {p for g in groups for p in g["params"]}
+        self._model, self._whole = model, whole
         self._at: dict[Tensor, tuple[nn.Module, str]] = {}
         for module in model.modules() if model is not None else ():
             for name, p in module._parameters.items():
@@ -70,26 +68,28 @@ class ParameterLocator:
                 if p.grad is not None and now.grad is None and not p.grad.any():
                     now.grad = torch.zeros_like(now)
         mine = {p for g in groups for p in g["params"]}
-        for side in sides:
+        for side in (side for side in sides if side.pair.exists):
             side.param = side.pair.A if side.name == "A" else side.pair.B
         return all(side.param in mine for side in sides)
 
-    def look_after(self, any_gradient: bool, changed: bool) -> None:
+    def look_after(self, any_gradient: bool) -> None:
         """Warn, once, of gradients that train nothing.
+
+        To be called where other parameters have gradients than at the step before, or none has any.
 
         Args:
             any_gradient: whether a parameter of the groups has a gradient.
-            changed: whether other parameters have gradients than at the step before: only then are those outside of
-                the groups looked at.
         """
         if self._warned:
             return
-        outside = [n for n, p in self._outside if p.grad is not None] if changed else []
+        # anew: adapters can be added to the model at any time
+        named = self._model.named_parameters() if self._model is not None and self._whole else ()
+        outside = [name for name, p in named if p.grad is not None and p not in self._mine]
         if outside:
             self._warn(
                 f"{len(outside)} parameters have gradients but are in no param group, so they do not train "
-                f"({', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}): they were frozen when the optimizer "
-                "was made. Add them with add_param_group, or make the optimizer after unfreezing"
+                f"({', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}): when the optimizer was made, they "
+                "were frozen or not there. Add them with add_param_group, or make the optimizer anew"
             )
         elif self._model is None and not any_gradient and world_size() > 1:
             self._warn(

@@ -202,6 +202,9 @@ class SampleMasks:
     def attach(self) -> None:
         """Register the hooks; modules and parameters replaced since the last call are hooked again."""
         for pair, record in self._records.items() if self.enabled else ():
+            if not pair.exists:
+                self._hooks.remove(pair)
+                continue
             counted = pair.A if pair.a_trainable else pair.B
             now = (pair.signal, counted)
             if self._hooks.stand_on(pair, now):

@@ -121,6 +121,23 @@ def test_no_rows_are_no_observation():
     assert torch.equal(factor(optimizer), before[0])
 
 
+def test_autograd_grad_of_another_graph_counts_nothing_where_the_model_resets():
+    """The optimizer does not see `model.zero_grad`, and not what comes between two micro-batches."""
+    ends = []
+    for looked in (False, True):
+        model = build()
+        optimizer = rank_side(model, lr=1e-2)
+        for _ in range(2):
+            model.zero_grad()
+            for part in (X[:16], X[16:]):
+                if looked:
+                    torch.autograd.grad(1e3 * loss(model, part), [p for p in model.parameters() if p.requires_grad])
+                loss(model, part).backward()
+            optimizer.step()
+        ends.append([factor(optimizer, side=side) for side in "AB"])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_hooks_of_optimizers_that_are_gone_are_gone():
     model = build()
     for _ in range(3):

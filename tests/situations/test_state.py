@@ -1,12 +1,15 @@
 """State that is taken away, adapters that change places, steps that are skipped."""
 
+import copy
+
 import pytest
 import torch
 from grit_kit import rank_side
 from peft import LoraConfig
 from situations_kit import X, build, factor, loss, steps, weights
 
-from curvopt import MatryoshkaScaledAdam
+from curvopt import GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
+from curvopt.lora import resize_adapter
 from curvopt.optim import loading
 
 
@@ -140,3 +143,74 @@ def test_saved_steps_go_where_the_parameters_are():
     saved = {"param_groups": [{"params": [0]}], "state": {0: {"step": torch.tensor(3.0)}}}
     loading.restore(states, [{"params": [p]}], saved, frozenset())
     assert states[p]["step"].device == p.device and states[p]["step"].dtype == torch.float32
+
+
+def other(model, **kwargs):
+    """Add a resting adapter."""
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], **kwargs))
+    return model.double()
+
+
+@pytest.mark.parametrize("make", [GritKFAC, MatryoshkaScaledAdam])
+@pytest.mark.parametrize("again", [False, True], ids=["another", "of the same name"])
+def test_an_adapter_added_later_is_told_of(make, again):
+    model = build()
+    optimizer = make(model, lr=1e-2)
+    steps(model, optimizer)
+    if again:
+        model.delete_adapter("default")
+        model.add_adapter("default", LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
+        model.double().set_adapter("default")
+    else:
+        other(model).set_adapter("other")
+    optimizer.zero_grad()
+    loss(model).backward()
+    with pytest.warns(UserWarning, match="4 parameters have gradients but are in no param group.*frozen or not there"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        GritKFAC,
+        lambda model, **kwargs: GritKFAC(model, statistics="activation", **kwargs),
+        lambda model, **kwargs: GritKFAC(model, nested_ranks=[1, 2], **kwargs),
+        lambda model, **kwargs: MatryoshkaScaledAdam(model, nesting="stratified", **kwargs),
+    ],
+    ids=["polar", "activation", "nested", "stratified"],
+)
+def test_a_resting_adapter_may_be_deleted(make):
+    """The run goes on as that of a model that never had it."""
+    model, twin = other(build()), build()
+    optimizer, alone = make(model, lr=1e-2), make(twin, lr=1e-2)
+    steps(model, optimizer)
+    model.delete_adapter("other")
+    steps(model, optimizer, 2)
+    steps(twin, alone, 3)
+    assert weights(model).keys() == weights(twin).keys()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert [p.name for p in optimizer.pairs] == [p.name for p in alone.pairs]
+    assert len(optimizer.sides) == 4 and optimizer.diagnostics()["pairs"].keys() == alone.diagnostics()["pairs"].keys()
+    optimizer.load_state_dict(optimizer.state_dict())
+    steps(model, optimizer)
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("make", [GritKFAC, MatryoshkaScaledAdam])
+def test_a_pair_that_was_resized_needs_another_state(make, rank):
+    model = build()
+    optimizer = make(model, lr=1e-2)
+    steps(model, optimizer, 2)
+    resize_adapter(model, {pair.name: rank for pair in find_lora_pairs(model)})
+    before = weights(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"A of .* must stay \(4, 8\), as its .* state is, got \({rank}, 8"):
+            steps(model, optimizer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if make is GritKFAC:  # without that state it goes on as a new optimizer
+        twin = copy.deepcopy(model)
+        for side in optimizer.sides:
+            del optimizer.state[side.param]
+        steps(model, optimizer, 2)
+        steps(twin, make(twin, lr=1e-2), 2)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

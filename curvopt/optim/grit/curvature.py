@@ -76,7 +76,7 @@ class Curvature:
         # by pair of a layer not known to be plain: whether its basis mattered at the last reprojection
         self.entangled: dict[LoraPair, Tensor] = {}
         if before is not None:
-            known = {id(pair.A): held for pair, held in before.entangled.items()}
+            known = {id(pair.A): held for pair, held in before.entangled.items() if pair.exists}
             self.entangled = {pair: known[id(pair.A)] for pair in pairs if id(pair.A) in known}
             self._warned = before._warned
             before.capture.remove()

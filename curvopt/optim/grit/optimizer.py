@@ -254,7 +254,7 @@ class GritKFAC(BucketedOptimizer):
 
     def ranks(self) -> dict[str, int]:
         """Return the live rank of every pair by name: the rank of its tensors less the directions masked so far."""
-        return {pair.name: diagnostics.live_rank(self, pair) for pair in self._pairs}
+        return {pair.name: diagnostics.live_rank(self, pair) for pair in self.pairs}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -270,7 +270,7 @@ class GritKFAC(BucketedOptimizer):
             ValueError: a pair cannot be resized, for instance because it is sharded; nothing has been changed then.
         """
         live = self.ranks()
-        smaller = [pair for pair in self._pairs if live[pair.name] != pair.rank]
+        smaller = [pair for pair in self.pairs if live[pair.name] != pair.rank]
         for pair in smaller:
             check_resize(pair, live[pair.name])
         for pair in smaller:

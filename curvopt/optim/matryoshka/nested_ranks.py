@@ -156,6 +156,7 @@ def diagnose(optimizer: PairedOptimizer, nests: Mapping[LoraPair, NestedRanks]) 
         "pairs": {
             pair.name: {"rank": pair.rank, "ranks": nest.ranks, "P": nest.P, "scaling": nest.scaling}
             for pair, nest in nests.items()
+            if pair.exists
         },
     }
 
