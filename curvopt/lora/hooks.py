@@ -9,7 +9,7 @@ between, has another version.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Arrival(Watch):
             owner.arrived(record, param.grad, self._of_A)
 
 
-def on_arrival(param: Tensor, hook: Arrival) -> RemovableHandle:
+def on_arrival(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Put a hook on a leaf that is called after each accumulation into its ``.grad``."""
     # PyTorch takes such hooks only while the tensor requires a gradient; it stays when that changes
     wanted = param.requires_grad

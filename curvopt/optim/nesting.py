@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from curvopt.distributed import local, process_index, world_size
 from curvopt.functional.nested import powers_of_two, stratified_ranks
 from curvopt.lora import LoraPair
-from curvopt.lora.hooks import PairHooks, Watch
+from curvopt.lora.hooks import PairHooks, Watch, backward_pass, on_arrival
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, cadence_of
 from curvopt.optim.checking import check, is_number, is_whole
@@ -153,19 +153,22 @@ def _nothing() -> None:
 
 @dataclass(eq=False)
 class _Record:
-    """One pair: gradients that arrived since the last step, and whether its forward was masked since then.
+    """One pair: its micro-batches since the last step, and whether its forward was masked since then.
 
     Attributes:
         nest: the pair and the ranks of its samples.
         counted: weak reference to the parameter whose gradients are counted. In the forward FSDP2 has another in its
             place, which never has a gradient.
-        arrived: how many there were.
+        part: the number of the micro-batch since the last step.
+        arrived: whether a gradient has arrived since the last forward outside of a backward pass. Under reentrant
+            checkpointing one arrives for every use of a layer.
         masked: whether the forward was.
     """
 
     nest: MaskedPair
     counted: Callable[[], Tensor | None] = _nothing
-    arrived: int = 0
+    part: int = 0
+    arrived: bool = False
     masked: bool = False
 
 
@@ -205,17 +208,16 @@ class SampleMasks:
             if not pair.exists:
                 self._hooks.remove(pair)
                 continue
-            counted = pair.A if pair.a_trainable else pair.B
+            counted = pair.B if pair.b_trainable and not pair.a_trainable else pair.A
             now = (pair.signal, counted)
             if self._hooks.stand_on(pair, now):
                 continue
             self._hooks.remove(pair)
             assert now[0] is not None, "checked by `check_maskable`"
             me, mine = weakref.ref(self), weakref.ref(record)
-            handles = [now[0].register_forward_hook(_Mask(me, mine))]
-            if counted.requires_grad:
-                handles.append(counted.register_post_accumulate_grad_hook(_Arrival(me, mine)))
-            self._hooks.put(pair, now, handles)
+            # also while both are frozen: a resting adapter may be active in the next step
+            counts = on_arrival(counted, _Arrival(me, mine))
+            self._hooks.put(pair, now, [now[0].register_forward_hook(_Mask(me, mine)), counts])
             record.counted = weakref.ref(counted)
 
     @property
@@ -245,7 +247,7 @@ class SampleMasks:
         self._draw, self._steps = draw, steps
         self._made.clear()
         for record in self._records.values():
-            record.arrived, record.masked = 0, False
+            record.part, record.arrived, record.masked = 0, False, False
 
     def _warn_of_silence(self, moving: Iterable[LoraPair]) -> None:
         """Warn, once, of pairs with gradients in this step whose forward should have been masked and was not."""
@@ -275,11 +277,13 @@ class SampleMasks:
             return None
         record.masked = True
         pair, counted = nest.pair, record.counted()
-        if counted is None or counted.grad is None:
-            record.arrived = 0  # gradients were dropped: what follows is the first micro-batch again
+        if backward_pass() == -1:  # within one, checkpointing repeats a forward, which needs the masks that it had
+            dropped = counted is None or counted.grad is None  # what follows is the first micro-batch again
+            record.part = 0 if dropped else record.part + record.arrived
+            record.arrived = False
         channel = u.ndim - 1 - (pair.A.ndim - 2 if pair.kind == "conv" else 0)
         n = u.shape[0] if channel > 0 else 1
-        mask = self._mask(nest, record.arrived, n, u)
+        mask = self._mask(nest, record.part, n, u)
         if channel == 0:
             return u * mask[0].view(-1, *[1] * (u.ndim - 1))
         shape = [1] * u.ndim
@@ -328,4 +332,4 @@ class _Arrival(Watch):
     def __call__(self, param: Tensor) -> None:
         _, record = self.alive()
         if record is not None:
-            record.arrived += 1
+            record.arrived = True

@@ -8,7 +8,9 @@ import gc
 import models
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from curvopt import GritKFAC, MatryoshkaScaledAdam
 from curvopt.lora import truncated
@@ -334,3 +336,68 @@ def test_directions_that_a_mixer_ties_to_others_stay(kind):
         models.fit(model, sorting, 4), models.fit(twin, leaving, 4)
         assert torch.equal(model.second.lora_A.weight, twin.second.lora_A.weight) == mixed
         assert not torch.equal(model.first.lora_A.weight, twin.first.lora_A.weight)
+
+
+class Reused(nn.Module):
+    """One layer called three times, each call a checkpointed block if ``reentrant`` is not None."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.layer, self.head, self.reentrant = models.LoraLinear(8, 8, 4), nn.Linear(8, 3), reentrant
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.layer(x) if self.reentrant is None else checkpoint(self.layer, x, use_reentrant=self.reentrant)
+            x = torch.tanh(x)
+        return self.head(x)
+
+
+@both
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_used_several_times_is_recomputed_with_its_masks(kind, reentrant):
+    """Under reentrant checkpointing a gradient arrives for each use, amid the recomputations."""
+    ends = []
+    for how in (None, reentrant):
+        torch.manual_seed(0)
+        model = Reused(how).double()
+        nn.init.normal_(model.layer.lora_B.weight, std=0.3)
+        optimizer = made(kind, model, warmup_steps=0, reorder_every=0)
+        x = torch.randn(12, 5, 8, dtype=torch.float64, requires_grad=True)
+        for part in range(4):
+            optimizer.zero_grad() if part == 2 else None  # two micro-batches each
+            model(x).square().mean().backward()
+            if part == 1:
+                optimizer.step()
+        ends.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, two in zip(*ends, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)  # sums of the uses in another order
+
+
+@both
+def test_micro_batches_of_an_adapter_that_comes_back_have_masks_of_their_own(kind):
+    """Adapters that take turns: each is at rest when the step before ends, and hooks are renewed there."""
+    model = peft_of_two()
+    optimizer = made(kind, model, warmup_steps=0, reorder_every=0)
+    for i in range(4):
+        model.set_adapter(("default", "other")[i % 2])
+        name = model.active_adapter
+        lists = []
+        optimizer.zero_grad()
+        for _ in range(3):
+            seen = []
+            A = model.base_model.model[0].lora_A[name]
+            handle = A.register_forward_hook(lambda module, args, u, seen=seen: seen.append(ranks_in(u)))
+            model(torch.ones(12, 5, 8, dtype=torch.float64)).square().mean().backward()
+            handle.remove()
+            lists.append(tuple(seen[0]))
+        assert len(set(lists)) == (3 if i else 1), i  # the first step has no masks
+        optimizer.step()
+
+
+def peft_of_two():
+    """A PEFT model with an active adapter and one at rest."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), config)
+    model.add_adapter("other", config)
+    return model.double()
