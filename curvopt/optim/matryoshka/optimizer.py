@@ -40,12 +40,11 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         stratified:    AdamW on (A, B); in training, sample i uses s B[:, :ρ_i] A[:ρ_i], and every few steps
                        A ← T A, B ← B T⁻¹ changes to the basis of the singular vectors of B A (ours)
 
-    The forward pass is unchanged, and the module always computes the trained adapter; but with ``"dylora"`` it computes at
-    the rank drawn last, and what is saved of it has the other rows at zero: evaluate and save inside of `truncated`, or
-    save by `export`. An adapter that starts with
-    B ≠ 0 is interpreted as B Ã: its ΔW is kept, and a saved adapter can be trained further, with or without its
-    optimizer state. Clipping by the global norm before the step is the only operation for which a module that computes
-    B P A itself would differ: its ∂L/∂A is Q times ours.
+    The forward pass is unchanged, and the module always computes the trained adapter; but with ``"dylora"`` it computes
+    at the rank drawn last, and what is saved of it has the other rows at zero: evaluate and save inside of `truncated`,
+    or save by `export`. An adapter that starts with B ≠ 0 is interpreted as B Ã: its ΔW is kept, and a saved adapter
+    can be trained further, with or without its optimizer state. Clipping by the global norm before the step is the only
+    operation for which a module that computes B P A itself would differ: its ∂L/∂A is Q times ours.
 
     ``"stratified"`` (our derivation) trains an ordinary adapter so that its leading directions can be used alone. A
     forward hook on the module of A zeroes the directions of u = A x above the rank of each sample, in training mode
