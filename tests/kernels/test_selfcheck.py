@@ -32,9 +32,9 @@ def test_other_ranks_and_dtypes(name, r, dtype, device):
 
 
 @pytest.mark.parametrize("r, k, dtype", [(16, 16, torch.float32), (5, 33, torch.float32), (40, 16, torch.bfloat16)])
-@pytest.mark.parametrize("name", ["polar_update", "eigen_update", "momentum_update"])
+@pytest.mark.parametrize("name", ["polar_update", "eigen_update", "momentum_update", "plan"])
 def test_updates_with_outer_factors(name, r, k, dtype, device):
-    assert selfcheck.agrees(name, REFERENCE[name], r, dtype, device, k)
+    assert selfcheck.agrees(name, REFERENCE.get(name), r, dtype, device, k)
 
 
 @pytest.mark.parametrize("r, k", [(16, 16), (5, 33), (100, 16)])
@@ -81,12 +81,15 @@ def test_a_wrong_kernel_is_seen(name, device, monkeypatch, caplog):
     selfcheck.agrees.cache_clear()
 
 
-@pytest.mark.parametrize("what", ["nonfinite_", "grams", "transform_"])
-def test_a_wrong_plan_is_seen(what, device, monkeypatch, caplog):
+@pytest.mark.parametrize("what", ["nonfinite_", "grams", "transform_", "outer_products"])
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_wrong_plan_is_seen(what, k, device, monkeypatch, caplog):
+    if what == "outer_products" and not k:
+        pytest.skip("there are none")
     right = getattr(kernels.UpdatePlan, what)
 
     def wrong(self, *args):
-        if what == "grams":
+        if what in ("grams", "outer_products"):
             return 1.01 * right(self, *args)
         if what == "transform_":
             right(self, args[0], 1.01 * args[1], *args[2:])
@@ -94,7 +97,7 @@ def test_a_wrong_plan_is_seen(what, device, monkeypatch, caplog):
 
     monkeypatch.setattr(kernels.UpdatePlan, what, wrong)
     with caplog.at_level(logging.ERROR):
-        assert not selfcheck.agrees("plan", None, 8, torch.float32, device)
+        assert not selfcheck.agrees("plan", None, 8, torch.float32, device, k)
     assert "kernel plan" in caplog.text
     selfcheck.agrees.cache_clear()
 
