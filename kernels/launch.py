@@ -195,7 +195,8 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     """Launch a kernel. Every launch of this package goes through here, so that it can be counted or left out.
 
     Triton finds out at every call which compiled kernel fits the arguments, which takes the host ten times as long as
-    the launch itself. What it found is kept, by all that it looks at: constants, types, alignment, device.
+    the launch itself. What it found is kept, by all that it looks at: constants, types, alignment, device. It launches
+    on the current device, which is made that of the tensors.
 
     Args:
         kernel: the jitted function, whose compile-time arguments come last.
@@ -205,13 +206,13 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     """
     device = next(x.device for x in args if isinstance(x, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # triton launches on the current one
+        with torch.cuda.device(device):
             run(kernel, grid, *args, **constants)
         return
     if not _KEEPS:
         kernel[grid](*args, **constants)
         return
-    key = (id(kernel), _device(), *map(_kind, args), *constants.items())
+    key = (id(kernel), device, *map(_kind, args), *constants.items())
     found = _compiled.get(key)
     if found is None:
         made = kernel[grid](*args, **constants)
@@ -219,11 +220,6 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     else:
         made, rest = found
         made[(*grid, 1, 1)[:3]](*args, *rest)
-
-
-def _device() -> int:
-    """Return the number of the current device."""
-    return int(triton.runtime.driver.active.get_current_device())
 
 
 def _kind(x: Any) -> Any:

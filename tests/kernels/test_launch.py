@@ -127,8 +127,6 @@ def test_a_launch_that_fits_again_does_not_look_for_its_kernel(monkeypatch):
     launch = pytest.importorskip("curvopt.kernels.launch")
     monkeypatch.setattr(launch, "_KEEPS", True)
     monkeypatch.setattr(launch, "_compiled", {})
-    device = [0]
-    monkeypatch.setattr(launch, "_device", lambda: device[0])
     kernel, x = Jitted(), torch.zeros(16)
     launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=8, num_warps=4)
     launch.run(kernel, (5, 2), torch.ones(16), 2, 0.25, BD=32, R=8, num_warps=4)
@@ -143,8 +141,7 @@ def test_a_launch_that_fits_again_does_not_look_for_its_kernel(monkeypatch):
     launch.run(kernel, (3,), x, 2, x, BD=32, R=8, num_warps=4)
     launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=4, num_warps=4)
     launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=8, num_warps=2)
-    device[0] = 1
-    launch.run(kernel, (3,), x, 2, 0.5, BD=32, R=8, num_warps=4)
+    launch.run(kernel, (3,), torch.zeros(16, device="meta"), 2, 0.5, BD=32, R=8, num_warps=4)
     assert len(kernel.looked) == 8 and len(kernel.launched) == 1
 
 
