@@ -34,14 +34,14 @@ class Side:
         name: ``"A"`` or ``"B"``.
         group: the param group that holds it.
         param: the parameter; refreshed by the owner when a framework replaced it.
-        kind: what sides must share, besides their shape, for one update of all of them.
+        rates: its directions' learning rates as multiples of the group's; None: all one. Sides of a block share them.
     """
 
     pair: LoraPair
     name: str
     group: dict[str, Any]
     param: Tensor
-    kind: Any = None
+    rates: tuple[float, ...] | None = None
 
     @property
     def rank_dim(self) -> int:

@@ -121,7 +121,7 @@ class Bucket:
         small: gives the r×r and counting state of a side: prototypes by key, without the leading T.
         wide: keys of the state that is as large as the parameters, zero at first.
         outer_rank: k, how many directions of the outer factors are kept; 0 for none.
-        kind: what the subclass wants its sides to share, whatever it is.
+        traits: what the optimizer wants its sides to share besides, as its ``_traits`` says.
 
     Attributes:
         sides: the T sides, those of one shape neighbours.
@@ -144,11 +144,11 @@ class Bucket:
         small: Callable[[Side], dict[str, Tensor]],
         wide: Sequence[str] = MOMENTS,
         outer_rank: int = 0,
-        kind: Any = None,
+        traits: Any = None,
     ) -> None:
         shapes: dict[tuple[Any, ...], list[Side]] = {}
         for s in sides:
-            shapes.setdefault((s.name, s.kind, *s.param.shape, *s.param.stride()), []).append(s)
+            shapes.setdefault((s.name, s.rates, *s.param.shape, *s.param.stride()), []).append(s)
         self.sides = [s for block in shapes.values() for s in block]
         self.params = [s.param for s in self.sides]
         self._shapes = [p.shape for p in self.params]
@@ -157,7 +157,7 @@ class Bucket:
         self.grads: list[Any] = []  # None for all sides of a bucket without gradients
         self.live = self.mixed = False
         first = self.sides[0]
-        self.group, self.r, self.kind = first.group, first.pair.rank, kind
+        self.group, self.r, self.traits = first.group, first.pair.rank, traits
         self.outer_rank = outer_rank
         self.dtype, self.device = first.param.dtype, first.param.device
         self.compute_dtype = compute_dtype(self.dtype)
@@ -582,7 +582,7 @@ class BucketedOptimizer(PairedOptimizer):
     def _regrouped(self, sides: Sequence[Side]) -> list[Bucket]:
         groups: dict[tuple[Any, ...], list[Side]] = {}
         for side in sides:
-            key = (*bucket_key(side, self.state.get(side.param, {})), self._outer_rank(side), self._kind(side))
+            key = (*bucket_key(side, self.state.get(side.param, {})), self._outer_rank(side), self._traits(side))
             groups.setdefault(key, []).append(side)
         made = [
             Bucket(group, self.state, self._small_state, self._wide_state(group[0]), *key[-2:])
@@ -592,7 +592,7 @@ class BucketedOptimizer(PairedOptimizer):
             bucket.read()
         return made
 
-    def _kind(self, side: Side) -> Any:
+    def _traits(self, side: Side) -> Any:
         """Return what sides must share to be in one bucket, besides what all optimizers want."""
         return None
 

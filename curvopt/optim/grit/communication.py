@@ -16,7 +16,7 @@ def bytes_sent(optimizer: BucketedOptimizer) -> dict[str, int]:
     sent = {"update": 4 * len(optimizer.shared_by), "statistics": 0, "reprojection": 0}
     observed: dict[LoraPair, int] = {}
     for bucket in optimizer.buckets:
-        b, r, g, source = bucket.compute_dtype.itemsize, bucket.r, bucket.group, bucket.kind
+        b, r, g, source = bucket.compute_dtype.itemsize, bucket.r, bucket.group, bucket.traits
         if source.hooks:
             observed |= {side.pair: (r * (r + 1) + 2) * b for side in bucket.sides}
         for block in bucket.blocks:

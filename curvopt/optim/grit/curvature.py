@@ -87,7 +87,7 @@ class Curvature:
     def arm(self, buckets: Sequence[Bucket], sides: Sequence[Side]) -> None:
         """End a step: hooks run only on the way to a step that will observe, or may have to, and the mask is gone."""
         made = sum(len(b.sides) for b in buckets)
-        ahead = (b for b in buckets if b.kind.hooks)
+        ahead = (b for b in buckets if b.traits.hooks)
         self.capture.active = made < len(sides) or any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
         self.capture.mask = None
 
@@ -97,7 +97,7 @@ class Curvature:
         """Take this step's S_u and S_d into the factors: S ← S + w (zᵀz/N − S)."""
         by_source: dict[Source, list[Bucket]] = {}
         for bucket in buckets:
-            by_source.setdefault(bucket.kind, []).append(bucket)
+            by_source.setdefault(bucket.traits, []).append(bucket)
         for source, of_one in by_source.items():
             if source.observe is None:
                 continue

@@ -458,7 +458,7 @@ class GritKFAC(BucketedOptimizer):
     def _outer_rank(self, side: Side) -> int:
         return outer.outer_rank(side)
 
-    def _kind(self, side: Side) -> Source:
+    def _traits(self, side: Side) -> Source:
         return source_of(side)
 
     def _small_state(self, side: Side) -> dict[str, Tensor]:

@@ -163,7 +163,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
                     exp_avg_sq=block.exp_avg_sq,
                     step=bucket.state["step"],
                     rank_dim=block.rank_dim,
-                    rates=block.sides[0].kind,
+                    rates=block.sides[0].rates,
                     hyper=hyper,
                 )
             )
@@ -368,7 +368,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         nests.check_pairs(self._sides)
         self._nests = nests.nests(self._sides, self._draws.last)
         for side in self._sides:
-            side.kind = self._nests[side.pair].row_rates(side.name)
+            side.rates = self._nests[side.pair].row_rates(side.name)
         super()._note_params()
         masked = [MaskedPair(nest.pair, nest.ranks, nest.group) for nest in self._nests.values() if nest.masked]
         before: SampleMasks | None = self.__dict__.get("_masks")
@@ -380,7 +380,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         if "_masks" in self.__dict__:
             self._masks.remove()
 
-    def _kind(self, side: Side) -> Any:
+    def _traits(self, side: Side) -> Any:
         return self._wide_state(side)
 
     def _wide_state(self, side: Side) -> Sequence[str]:
