@@ -319,7 +319,9 @@ def _moves(pair: LoraPair) -> bool:
 class _Mask(Watch):
     """Stands on the module that computes u; acts in training mode alone, as dropout does."""
 
+    @torch._disable_dynamo  # a graph break: what a compiler would trace of it changes at every step
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Return u with the samples' directions masked; None for u as it is."""
         if not module.training or not isinstance(output, Tensor):
             return None
         masks, record = self.alive()
