@@ -175,8 +175,9 @@ class CurvatureCallback(TrainerCallback):
         ranks = {name: pair["rank"] for name, pair in pairs.items() if "rank" in pair}
         out: dict[str, float] = {"skipped_updates": report["skipped_updates"]} if "skipped_updates" in report else {}
         if ranks:
-            full = sum(self._full.get(name, pairs[name]["full_rank"]) for name in ranks)
-            out |= {"mean_rank": sum(ranks.values()) / len(ranks), "kept_share": sum(ranks.values()) / full}
+            full = ranks | {pair.name: pair.rank for pair in getattr(optimizer, "pairs", ())} | self._full
+            whole = sum(full[name] for name in ranks)
+            out |= {"mean_rank": sum(ranks.values()) / len(ranks), "kept_share": sum(ranks.values()) / whole}
             out |= {"min_rank": min(ranks.values()), "max_rank": max(ranks.values())}
         effective = [pair["effective_rank"] for pair in pairs.values() if "effective_rank" in pair]
         return out | ({"effective_rank": sum(effective) / len(effective)} if effective else {})

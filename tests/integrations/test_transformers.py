@@ -131,6 +131,27 @@ def test_the_numbers_of_what_gora_hands_over_to(tmp_path):
     assert optimizer.delegate.ranks() == {pair.name: pair.rank for pair in optimizer.pairs}
 
 
+@pytest.mark.parametrize("nesting", ["matryoshka", "dylora", "stratified"])
+def test_the_numbers_of_nested_ranks(nesting, tmp_path):
+    model = models.llama(r=6, start="random")
+    done = trainer(tmp_path, model, optimizers=(MatryoshkaScaledAdam(model, lr=1e-2, nesting=nesting), None))
+    CurvatureCallback().install(done)
+    done.train()
+    entries = [entry for entry in done.state.log_history if "loss" in entry]
+    expected = {"mean_rank": 6, "min_rank": 6, "max_rank": 6, "kept_share": 1, "skipped_updates": 0}
+    expected = {f"curvopt/{name}": value for name, value in expected.items()}
+    assert len(entries) == 3
+    for entry in entries:
+        assert {key: value for key, value in entry.items() if key.startswith("curvopt/")} == expected
+
+
+def test_the_numbers_before_training():
+    model = models.llama(r=6, start="random")
+    for optimizer in (MatryoshkaScaledAdam(model), GritKFAC(model)):
+        summary = CurvatureCallback().summary(optimizer)
+        assert (summary["mean_rank"], summary["kept_share"]) == (6, 1)
+
+
 def test_other_optimizers_are_left_in_peace(tmp_path):
     model = models.llama(start="random")
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
