@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvopt.analysis.checks import check_clipping, check_curvature, check_settings, check_steps, check_values
-from curvopt.analysis.core import cores
+from curvopt.analysis.core import cores, unwrapped
 from curvopt.analysis.drift import gathered, pair_drift
 from curvopt.analysis.findings import Finding, Report, report
 from curvopt.analysis.spectra import spectrum
@@ -80,15 +80,6 @@ def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm:
         "pi_proj": whole.pi_proj,
     }  # fmt: skip
     return report(f"{type(optimizer).__name__} on {type(model).__name__}", found, facts, about)
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer at work: inside accelerate's wrapper, or that to which a GoRAInit has handed over."""
-    while True:
-        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "delegate", None)
-        if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
-            return optimizer
-        optimizer = inner
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvopt.analysis.core import cores
+from curvopt.analysis.core import cores, paired, unwrapped
 from curvopt.analysis.drift import PairDrift, gathered, pair_drift
 from curvopt.analysis.spectra import Spectrum, spectrum
 from curvopt.optim import PairedOptimizer
@@ -71,7 +71,7 @@ class Recorder:
         """Write one line if ``step`` is due; returns whether it did.
 
         Args:
-            optimizer: whose pairs to read; None for scalars alone.
+            optimizer: whose pairs to read, or accelerate's wrapper of it; None for scalars alone.
             step: the step; None for the optimizer's own count of steps, or one more than at the last call.
             scalars: numbers or one-element tensors, such as ``loss`` or ``retain_loss``.
 
@@ -157,13 +157,17 @@ class Recorder:
 
 
 def reading(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, spectra: bool = True) -> dict[str, Any]:
-    """Return the part of a record that an optimizer fills: its name, its drift, and each pair."""
-    out: dict[str, Any] = {"optimizer": type(optimizer).__name__}
-    ours = isinstance(optimizer, PairedOptimizer)
-    if ours:
-        skipped = [float(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
+    """Return the part of a record that an optimizer fills: its name, its drift, and each pair.
+
+    The name and the skipped updates are those of the optimizer at work, inside accelerate's wrapper or behind a
+    GoRAInit that has handed over.
+    """
+    at_work, ours = unwrapped(optimizer), paired(optimizer)
+    out: dict[str, Any] = {"optimizer": type(at_work).__name__}
+    if isinstance(at_work, PairedOptimizer):
+        skipped = [float(s["skipped"]) for s in at_work.state.values() if "skipped" in s]
         out["skipped_updates"] = int(max(skipped, default=0))
-    where = optimizer if ours else model
+    where = ours if isinstance(ours, PairedOptimizer) else model
     if where is None or not spectra:
         return out
     found = [(spectrum(c), pair_drift(c)) for c in cores(where)]

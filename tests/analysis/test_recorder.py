@@ -10,6 +10,7 @@ import pytest
 import torch
 from grit_kit import rank_side
 
+from curvopt import GoRAInit
 from curvopt.analysis import Recorder, drift, spectra
 
 
@@ -134,6 +135,63 @@ def test_a_plain_optimizer_with_its_model(path):
     first, second = Recorder.read(path)
     assert first["optimizer"] == "AdamW" and first["drift"]["norm"] > 0 and first["drift"]["pi_proj"] is None
     assert "pairs" not in second
+
+
+def test_accelerates_wrapper_is_looked_through(path):
+    accelerate = pytest.importorskip("accelerate")
+    model, optimizer = run(path, 2)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    Recorder(path).record(wrapped)
+    bare, through = Recorder.read(path)[-1], json.loads(lines(path)[-2])
+    assert bare["step"] == 2 and bare["pairs"].keys() == {pair.name for pair in optimizer.pairs}
+    for key in ("optimizer", "skipped_updates", "drift", "pairs"):
+        assert bare[key] == through[key]
+    assert drift(wrapped) == drift(optimizer) and spectra(wrapped) == spectra(optimizer)
+
+
+def handed_over(then, steps=4):
+    """A GoRAInit that calibrated in two steps and has given the others to what ``then`` returns."""
+    model = models.llama()
+    optimizer = GoRAInit(model, calibration_steps=2, then=then)
+    models.fit(model, optimizer, steps)
+    return model, optimizer
+
+
+def test_a_record_of_what_gora_has_handed_over_to(path):
+    model, optimizer = handed_over(lambda model: rank_side(model, lr=1e-2))
+    optimizer.zero_grad()
+    (models.loss(model, 0) * math.inf).backward()
+    optimizer.step()
+    recorder = Recorder(path)
+    recorder.record(optimizer, 1)
+    recorder.record(optimizer.delegate, 2)
+    outside, inside = Recorder.read(path)
+    assert outside["optimizer"] == "GritKFAC" and outside["skipped_updates"] == 1
+    assert all(pair["energy"] is not None for pair in outside["pairs"].values())
+    for key in ("optimizer", "skipped_updates", "drift", "pairs"):
+        assert outside[key] == inside[key]
+    assert drift(optimizer) == drift(optimizer.delegate)
+
+
+def test_gora_knows_the_pairs_of_a_plain_optimizer(path):
+    model, optimizer = handed_over(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2))
+    Recorder(path).record(optimizer, 1)
+    (record,) = Recorder.read(path)
+    assert record["optimizer"] == "AdamW" and "skipped_updates" not in record
+    assert record["drift"]["norm"] == pytest.approx(drift(model).norm, rel=1e-5) and len(record["pairs"]) == 14
+
+
+def test_steps_are_counted_on_over_the_hand_over(path):
+    """The delegate counts from 1: were that the step, reading the file would drop the calibration."""
+    model = models.llama()
+    optimizer = GoRAInit(model, calibration_steps=3, then=lambda model: rank_side(model, lr=1e-2))
+    recorder = Recorder(path)
+    for i in range(5):
+        models.fit(model, optimizer, 1, begin=i)
+        recorder.record(optimizer)
+    assert [(r["step"], r["optimizer"]) for r in Recorder.read(path)] == [
+        (1, "GoRAInit"), (2, "GoRAInit"), (3, "GritKFAC"), (4, "GritKFAC"), (5, "GritKFAC"),
+    ]  # fmt: skip
 
 
 def test_scalars_alone(path):
