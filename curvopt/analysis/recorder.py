@@ -17,6 +17,7 @@ from curvopt.analysis.core import cores, paired, unwrapped
 from curvopt.analysis.drift import PairDrift, gathered, pair_drift
 from curvopt.analysis.spectra import Spectrum, spectrum
 from curvopt.optim import PairedOptimizer
+from curvopt.optim.checking import check
 
 OWN = ("step", "time", "optimizer", "drift", "pairs", "skipped_updates")
 DIGITS = 6
@@ -26,8 +27,11 @@ PART = 1 << 16
 class Recorder:
     """Writes what an optimizer does to a JSONL file, one line per record.
 
-    Usable from any loop; under several processes, let one of them record. An existing file is continued, and a last
-    line that a crash cut off is dropped. A resumed run may record steps again: `read` keeps the newest.
+    Usable from any loop. An existing file is continued, and a last line that a crash cut off is dropped. A resumed run
+    may record steps again: `read` keeps the newest.
+
+    Under several processes all of them record, and one writes: reading sharded parameters (FSDP2) gathers them, which
+    waits for everybody.
 
     .. code-block:: python
 
@@ -36,6 +40,8 @@ class Recorder:
                 ...
                 recorder.record(optimizer, step, loss=loss)
 
+        recorder = Recorder("run.jsonl", every=50, write=dist.get_rank() == 0)  # in each of several processes
+
     Args:
         path: the file; its folder is created.
         every: record only steps that are a multiple of it. A record with spectra synchronises with the device and takes
@@ -43,9 +49,10 @@ class Recorder:
         model: where to find the pairs of an optimizer that is not one of curvopt's.
         spectra: False records scalars only.
         tensorboard: a folder for torch's ``SummaryWriter``, beside the file; needs the package ``tensorboard``.
+        write: False reads what is due, as the others do, but leaves file and folder alone.
 
     Raises:
-        ValueError: ``every`` is not a positive integer.
+        ValueError: ``every`` is not a positive integer, or ``write`` neither True nor False.
         ModuleNotFoundError: ``tensorboard`` was asked for and is not installed.
     """
 
@@ -57,26 +64,32 @@ class Recorder:
         model: nn.Module | None = None,
         spectra: bool = True,
         tensorboard: str | Path | None = None,
+        write: bool = True,
     ) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an integer ≥ 1, got {every!r}")
-        self.path, self.every = Path(path), every
+        check("write", write, isinstance(write, bool), "True or False")
+        self.path, self.every, self.write = Path(path), every, write
         self._model, self._spectra = model, spectra
-        self._writer = None if tensorboard is None else _summary_writer(tensorboard)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        last = _mended(self.path)
-        self._step = 0 if last is None else int(last.get("step", 0))
+        self._writer = None if tensorboard is None or not write else _summary_writer(tensorboard)
+        self._step = 0
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            last = _mended(self.path)
+            self._step = 0 if last is None else int(last.get("step", 0))
 
     def record(self, optimizer: torch.optim.Optimizer | None, step: int | None = None, **scalars: Any) -> bool:
-        """Write one line if ``step`` is due; returns whether it did.
+        """Read what is due at ``step`` and write one line of it; returns whether the step was due.
 
         Args:
             optimizer: whose pairs to read, or accelerate's wrapper of it; None for scalars alone.
-            step: the step; None for the optimizer's own count of steps, or one more than at the last call.
+            step: the step; None for the optimizer's own count of steps, or one more than at the last call, for which
+                the file must be this process's own.
             scalars: numbers or one-element tensors, such as ``loss`` or ``retain_loss``.
 
         Raises:
-            ValueError: a scalar has a name that records use themselves, or is not one number.
+            ValueError: a scalar has a name that records use themselves, or is not one number; or ``step`` is None where
+                only the file could tell it and ``write`` is False.
         """
         self._step = self._count(optimizer) if step is None else int(step)
         if self._step % self.every:
@@ -88,6 +101,8 @@ class Recorder:
             entry[name] = _number(name, value)
         if optimizer is not None:
             entry |= reading(optimizer, self._model, self._spectra)
+        if not self.write:
+            return True
         line = json.dumps(_plain(entry), allow_nan=False, separators=(",", ":"))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -139,6 +154,8 @@ class Recorder:
         clocks = [group["clock"] for group in groups if "clock" in group]
         if optimizer is not None:
             clocks += [int(s["cadence"][0]) for s in optimizer.state.values() if "cadence" in s]
+        # the process that writes goes on from the file's last step, which the others do not know
+        check("step", None, bool(clocks) or self.write, "an integer where write=False and the optimizer has no count")
         return int(max(clocks)) if clocks else self._step + 1
 
     def _to_tensorboard(self, entry: dict[str, Any]) -> None:

@@ -139,7 +139,7 @@ def test_a_plain_optimizer_with_its_model(path):
 
 def test_accelerates_wrapper_is_looked_through(path):
     accelerate = pytest.importorskip("accelerate")
-    model, optimizer = run(path, 2)
+    _, optimizer = run(path, 2)
     wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer)
     Recorder(path).record(wrapped)
     bare, through = Recorder.read(path)[-1], json.loads(lines(path)[-2])
@@ -207,6 +207,26 @@ def test_recording_changes_nothing(path):
     before = models.snapshot(model, optimizer)
     Recorder(path).record(optimizer, 3)
     models.assert_same(before, models.snapshot(model, optimizer))
+
+
+def test_one_that_does_not_write(path):
+    """It says what is due as the one that writes does, and leaves the file as it is."""
+    model, optimizer = run(path, 3)
+    before = path.read_bytes()
+    path.write_bytes(before[:-5])  # as if the other process were writing
+    silent = Recorder(path, 2, write=False)
+    assert [silent.record(optimizer, step, loss=1.0) for step in (3, 4)] == [False, True]
+    models.fit(model, optimizer, 1, begin=3)
+    assert silent.record(optimizer) and path.read_bytes() == before[:-5]
+    assert Recorder(path, 2).record(optimizer) and Recorder.read(path)[-1]["step"] == 4
+    with pytest.raises(ValueError, match=r"step must be an integer where write=False .*, got None"):
+        silent.record(None, loss=1.0)
+    with pytest.raises(ValueError, match="write must be True or False, got 1"):
+        Recorder(path, write=1)
+    other = path.parent / "other" / "run.jsonl"
+    with Recorder(other, tensorboard=path.parent / "events", write=False) as recorder:
+        assert recorder.record(optimizer, 1)
+    assert [file.name for file in path.parent.iterdir()] == ["run.jsonl"]
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, None])

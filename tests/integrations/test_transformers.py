@@ -119,6 +119,12 @@ def test_records_are_kept(tmp_path):
     assert set(lines[-1]["pairs"]) == set(optimizer.ranks())
 
 
+@pytest.mark.parametrize("every", [0, 1.5, True])
+def test_bad_every(every, tmp_path):
+    with pytest.raises(ValueError, match="every must be an integer ≥ 1, got"):
+        CurvatureCallback(path=tmp_path / "run.jsonl", every=every)
+
+
 def test_the_numbers_of_what_gora_hands_over_to(tmp_path):
     model = models.llama(r=6)
     optimizer = published(model, rank=4, min_rank=2, max_rank=6, calibration_steps=2,
