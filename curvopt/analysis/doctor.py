@@ -76,8 +76,8 @@ def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm:
     about = {
         "steps": steps, "skipped_updates": known["skipped_updates"], "pairs": len(pairs),
         "parameters": sum(p.numel() for p in held), "state_bytes": state_bytes(optimizer),
-        "parameter_bytes": _bytes(held), "norm": whole.norm, "r_eff": whole.r_eff, "rho_align": whole.rho_align,
-        "pi_proj": whole.pi_proj,
+        "parameter_bytes": _bytes(held), "norm": whole.norm if drifts else None, "r_eff": whole.r_eff,
+        "rho_align": whole.rho_align, "pi_proj": whole.pi_proj,
     }  # fmt: skip
     return report(f"{type(optimizer).__name__} on {type(model).__name__}", found, facts, about)
 
@@ -111,7 +111,8 @@ def _outside(optimizer: torch.optim.Optimizer, pairs: list[LoraPair]) -> dict[st
 
 def _pairing(model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[LoraPair]) -> Iterator[Finding]:
     """Say which adapters curvature cannot see, and why."""
-    if not pairs:
+    by_shape = isinstance(optimizer, PairedOptimizer) and optimizer.sides  # each matrix by itself, without pairs
+    if not pairs and not by_shape:
         yield Finding(
             "error", "no pairs", f"no LoRA pair among what is trained: {describe_search(model)}",
             "pass the model itself to the optimizer, after its adapters were added",

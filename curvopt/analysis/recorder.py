@@ -188,6 +188,8 @@ def reading(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, sp
     if where is None or not spectra:
         return out
     found = [(spectrum(c), pair_drift(c)) for c in cores(where)]
+    if not found:  # tensors without names have no partner: nothing is known of any update
+        return out
     whole = asdict(gathered([moved for _, moved in found]))
     del whole["pairs"]
     return out | {"drift": whole, "pairs": {s.name: pair_entry(s, moved) for s, moved in found}}
