@@ -103,12 +103,43 @@ def core_of(
 
 
 def cores(where: Any, factors: Factors | None = None) -> list[Core]:
-    """Return the core of every pair of a model or an optimizer; the factors are the optimizer's unless given."""
+    """Return the core of every pair of a model or an optimizer; the factors are the optimizer's unless given.
+
+    An optimizer may be wrapped by Accelerate, or a GoRAInit that has handed over to one that knows pairs.
+    """
+    where = paired(where)
     known = factors if factors is not None else known_factors(where)
     optimizer = where if isinstance(where, PairedOptimizer) else None
     return [
         core(p, live_rank(optimizer, p) if optimizer is not None else None, known.get(p.name)) for p in pairs_of(where)
     ]
+
+
+def layers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return an optimizer and those in it, the one at work last.
+
+    Inside accelerate's wrapper there is one, and so there is behind a GoRAInit that has handed over.
+    """
+    found = [optimizer]
+    while True:
+        inner = getattr(found[-1], "optimizer", None) or getattr(found[-1], "delegate", None)
+        if not isinstance(inner, torch.optim.Optimizer) or inner is found[-1]:
+            return found
+        found.append(inner)
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer at work: inside accelerate's wrapper, or that to which a GoRAInit has handed over."""
+    return layers(optimizer)[-1]
+
+
+def paired(where: Any) -> Any:
+    """Return what of an optimizer knows the pairs: the innermost of curvopt's in it; anything else as it is.
+
+    A GoRAInit that has handed over to a plain optimizer knows them, and the plain optimizer does not.
+    """
+    inside = layers(where) if isinstance(where, torch.optim.Optimizer) else []
+    return next((o for o in reversed(inside) if isinstance(o, PairedOptimizer)), where)
 
 
 def pairs_of(where: Any) -> list[LoraPair]:

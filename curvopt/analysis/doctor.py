@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvopt.analysis.checks import check_clipping, check_curvature, check_settings, check_steps, check_values
-from curvopt.analysis.core import cores
+from curvopt.analysis.core import cores, unwrapped
 from curvopt.analysis.drift import gathered, pair_drift
 from curvopt.analysis.findings import Finding, Report, report
 from curvopt.analysis.spectra import spectrum
@@ -76,19 +76,10 @@ def doctor(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm:
     about = {
         "steps": steps, "skipped_updates": known["skipped_updates"], "pairs": len(pairs),
         "parameters": sum(p.numel() for p in held), "state_bytes": state_bytes(optimizer),
-        "parameter_bytes": _bytes(held), "norm": whole.norm, "r_eff": whole.r_eff, "rho_align": whole.rho_align,
-        "pi_proj": whole.pi_proj,
+        "parameter_bytes": _bytes(held), "norm": whole.norm if drifts else None, "r_eff": whole.r_eff,
+        "rho_align": whole.rho_align, "pi_proj": whole.pi_proj,
     }  # fmt: skip
     return report(f"{type(optimizer).__name__} on {type(model).__name__}", found, facts, about)
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer at work: inside accelerate's wrapper, or that to which a GoRAInit has handed over."""
-    while True:
-        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "delegate", None)
-        if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
-            return optimizer
-        optimizer = inner
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -120,7 +111,8 @@ def _outside(optimizer: torch.optim.Optimizer, pairs: list[LoraPair]) -> dict[st
 
 def _pairing(model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[LoraPair]) -> Iterator[Finding]:
     """Say which adapters curvature cannot see, and why."""
-    if not pairs:
+    by_shape = isinstance(optimizer, PairedOptimizer) and optimizer.sides  # each matrix by itself, without pairs
+    if not pairs and not by_shape:
         yield Finding(
             "error", "no pairs", f"no LoRA pair among what is trained: {describe_search(model)}",
             "pass the model itself to the optimizer, after its adapters were added",

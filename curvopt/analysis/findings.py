@@ -103,6 +103,7 @@ _COLUMNS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "‖ΔW‖": lambda ps: _range([p.get("norm") for p in ps]),
     "condition": lambda ps: _range([p.get(side, {}).get("condition") for p in ps for side in "AB"]),
     "from scalar": lambda ps: _range([p.get(side, {}).get("scalar_distance") for p in ps for side in "AB"]),
+    "outer share": lambda ps: _range([share for p in ps for share in p.get("outer", {}).values()]),
 }
 MOST_ROWS = 16
 

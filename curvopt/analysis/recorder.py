@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvopt.analysis.core import cores
+from curvopt.analysis.core import cores, paired, unwrapped
 from curvopt.analysis.drift import PairDrift, gathered, pair_drift
 from curvopt.analysis.spectra import Spectrum, spectrum
 from curvopt.optim import PairedOptimizer
+from curvopt.optim.checking import check
 
 OWN = ("step", "time", "optimizer", "drift", "pairs", "skipped_updates")
 DIGITS = 6
@@ -26,8 +27,11 @@ PART = 1 << 16
 class Recorder:
     """Writes what an optimizer does to a JSONL file, one line per record.
 
-    Usable from any loop; under several processes, let one of them record. An existing file is continued, and a last
-    line that a crash cut off is dropped. A resumed run may record steps again: `read` keeps the newest.
+    Usable from any loop. An existing file is continued, and a last line that a crash cut off is dropped. A resumed run
+    may record steps again: `read` keeps the newest.
+
+    Under several processes all of them record, and one writes: reading sharded parameters (FSDP2) gathers them, which
+    waits for everybody.
 
     .. code-block:: python
 
@@ -36,6 +40,8 @@ class Recorder:
                 ...
                 recorder.record(optimizer, step, loss=loss)
 
+        recorder = Recorder("run.jsonl", every=50, write=dist.get_rank() == 0)  # in each of several processes
+
     Args:
         path: the file; its folder is created.
         every: record only steps that are a multiple of it. A record with spectra synchronises with the device and takes
@@ -43,9 +49,10 @@ class Recorder:
         model: where to find the pairs of an optimizer that is not one of curvopt's.
         spectra: False records scalars only.
         tensorboard: a folder for torch's ``SummaryWriter``, beside the file; needs the package ``tensorboard``.
+        write: False reads what is due, as the others do, but leaves file and folder alone.
 
     Raises:
-        ValueError: ``every`` is not a positive integer.
+        ValueError: ``every`` is not a positive integer, or ``write`` neither True nor False.
         ModuleNotFoundError: ``tensorboard`` was asked for and is not installed.
     """
 
@@ -57,26 +64,32 @@ class Recorder:
         model: nn.Module | None = None,
         spectra: bool = True,
         tensorboard: str | Path | None = None,
+        write: bool = True,
     ) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be an integer ≥ 1, got {every!r}")
-        self.path, self.every = Path(path), every
+        check("write", write, isinstance(write, bool), "True or False")
+        self.path, self.every, self.write = Path(path), every, write
         self._model, self._spectra = model, spectra
-        self._writer = None if tensorboard is None else _summary_writer(tensorboard)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        last = _mended(self.path)
-        self._step = 0 if last is None else int(last.get("step", 0))
+        self._writer = None if tensorboard is None or not write else _summary_writer(tensorboard)
+        self._step = 0
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            last = _mended(self.path)
+            self._step = 0 if last is None else int(last.get("step", 0))
 
     def record(self, optimizer: torch.optim.Optimizer | None, step: int | None = None, **scalars: Any) -> bool:
-        """Write one line if ``step`` is due; returns whether it did.
+        """Read what is due at ``step`` and write one line of it; returns whether the step was due.
 
         Args:
-            optimizer: whose pairs to read; None for scalars alone.
-            step: the step; None for the optimizer's own count of steps, or one more than at the last call.
+            optimizer: whose pairs to read, or accelerate's wrapper of it; None for scalars alone.
+            step: the step; None for the optimizer's own count of steps, or one more than at the last call, for which
+                the file must be this process's own.
             scalars: numbers or one-element tensors, such as ``loss`` or ``retain_loss``.
 
         Raises:
-            ValueError: a scalar has a name that records use themselves, or is not one number.
+            ValueError: a scalar has a name that records use themselves, or is not one number; or ``step`` is None where
+                only the file could tell it and ``write`` is False.
         """
         self._step = self._count(optimizer) if step is None else int(step)
         if self._step % self.every:
@@ -88,6 +101,8 @@ class Recorder:
             entry[name] = _number(name, value)
         if optimizer is not None:
             entry |= reading(optimizer, self._model, self._spectra)
+        if not self.write:
+            return True
         line = json.dumps(_plain(entry), allow_nan=False, separators=(",", ":"))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -139,6 +154,8 @@ class Recorder:
         clocks = [group["clock"] for group in groups if "clock" in group]
         if optimizer is not None:
             clocks += [int(s["cadence"][0]) for s in optimizer.state.values() if "cadence" in s]
+        # the process that writes goes on from the file's last step, which the others do not know
+        check("step", None, bool(clocks) or self.write, "an integer where write=False and the optimizer has no count")
         return int(max(clocks)) if clocks else self._step + 1
 
     def _to_tensorboard(self, entry: dict[str, Any]) -> None:
@@ -157,16 +174,22 @@ class Recorder:
 
 
 def reading(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, spectra: bool = True) -> dict[str, Any]:
-    """Return the part of a record that an optimizer fills: its name, its drift, and each pair."""
-    out: dict[str, Any] = {"optimizer": type(optimizer).__name__}
-    ours = isinstance(optimizer, PairedOptimizer)
-    if ours:
-        skipped = [float(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
+    """Return the part of a record that an optimizer fills: its name, its drift, and each pair.
+
+    The name and the skipped updates are those of the optimizer at work, inside accelerate's wrapper or behind a
+    GoRAInit that has handed over.
+    """
+    at_work, ours = unwrapped(optimizer), paired(optimizer)
+    out: dict[str, Any] = {"optimizer": type(at_work).__name__}
+    if isinstance(at_work, PairedOptimizer):
+        skipped = [float(s["skipped"]) for s in at_work.state.values() if "skipped" in s]
         out["skipped_updates"] = int(max(skipped, default=0))
-    where = optimizer if ours else model
+    where = ours if isinstance(ours, PairedOptimizer) else model
     if where is None or not spectra:
         return out
     found = [(spectrum(c), pair_drift(c)) for c in cores(where)]
+    if not found:  # tensors without names have no partner: nothing is known of any update
+        return out
     whole = asdict(gathered([moved for _, moved in found]))
     del whole["pairs"]
     return out | {"drift": whole, "pairs": {s.name: pair_entry(s, moved) for s, moved in found}}

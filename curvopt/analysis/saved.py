@@ -19,7 +19,7 @@ from curvopt.analysis.drift import gathered, pair_drift
 from curvopt.analysis.findings import Finding, Report, report
 from curvopt.analysis.spectra import spectrum
 from curvopt.lora import LoraPair, pair_by_name
-from curvopt.optim.grit.diagnostics import describe_factor
+from curvopt.optim.grit.diagnostics import describe_factor, outer_share
 
 CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin"), "optimizer.pt"
 PREFIX = "base_model.model."
@@ -29,8 +29,9 @@ TOLD = ("steps", "skipped_updates", "pairs", "parameters", "state_bytes", "norm"
 def inspect_saved(path: str | Path) -> Report:
     """Examine an adapter folder of PEFT (with the trainer's optimizer.pt if there), or a checkpoint file.
 
-    A file may hold an optimizer's state_dict, by itself or under any key, or the tensors of an adapter. Pairs are
-    identified by name. An optimizer that was given bare tensors saves no names; its factors are reported by parameter.
+    A file may hold an optimizer's state_dict, by itself or under any key, or the tensors of an adapter. Of a GoRAInit
+    that has handed over, the state is that of the optimizer it has handed over to. Pairs are identified by name. An
+    optimizer that was given bare tensors saves no names; its factors are reported by parameter.
 
     Raises:
         ValueError: it is neither; the message is one line that names the path.
@@ -112,7 +113,8 @@ def _optimizer_in(held: Any, depth: int = 2) -> dict[str, Any] | None:
     if not isinstance(held, Mapping):
         return None
     if isinstance(held.get("state"), Mapping) and isinstance(held.get("param_groups"), list):
-        return dict(held)
+        gora = held.get("gora")
+        return (_optimizer_in(gora.get("delegate"), 0) if isinstance(gora, Mapping) else None) or dict(held)
     inner = (_optimizer_in(value, depth - 1) for value in held.values()) if depth else iter(())
     return next((found for found in inner if found is not None), None)
 
@@ -191,20 +193,19 @@ def _state(saved: dict[str, Any], where: str) -> Parts:
     facts: dict[str, dict[str, Any]] = {}
     for p in pairs:
         sides = {"A": of[id(p.A)], "B": of[id(p.B)]}
-        if all("factor" in s for _, s in sides.values()):
+        if all(_curved(s) for _, s in sides.values()):
             facts[p.name.removeprefix(PREFIX)] = _paired(sides, p.rank)
     if not facts:
-        facts = {n: _paired({"A": (g, s)}, s["factor"].shape[0]) for n, (g, s) in named.items() if "factor" in s}
+        facts = {n: _paired({"A": (g, s)}, _rank_of(s)) for n, (g, s) in named.items() if _curved(s)}
     states = [s for _, s in named.values()]
     steps = max([int(s["cadence"][0] if "cadence" in s else s["step"]) for s in states if "step" in s], default=0)
     skipped = max([int(s["skipped"]) for s in states if "skipped" in s], default=0)
     seen = [name for name, (g, s) in named.items() if g.get("statistics") == "activation" and _unseen(s)]
     found = [*check_curvature(facts, steps), *check_settings(groups, {n: f["full_rank"] for n, f in facts.items()})]
     found += check_steps(skipped, steps, [], [])
-    if not any("factor" in s for s in states):
-        found.append(
-            Finding("note", "no curvature", f"the state in {where} has no factors", "it is not the state of a GritKFAC")
-        )
+    if not any(_curved(s) for s in states):
+        why = _uncurved(saved, groups, steps)
+        found.append(Finding("note", "no curvature", f"the state in {where} has no factors", why))
     if seen:
         found += [Finding(
             "warning", "silent hooks", f"{len(seen)} parameters were never observed: their curvature is not used",
@@ -212,6 +213,25 @@ def _state(saved: dict[str, Any], where: str) -> Parts:
         )]  # fmt: skip
     size = sum(v.numel() * v.element_size() for s in states for v in s.values() if isinstance(v, Tensor))
     return found, facts, {"steps": steps, "skipped_updates": skipped, "state_bytes": size}
+
+
+def _curved(state: Mapping[str, Any]) -> bool:
+    """Whether there is a factor of curvature in the state of a parameter: on the rank side, or an outer one."""
+    return "factor" in state or "outer_trace" in state
+
+
+def _rank_of(state: Mapping[str, Any]) -> int:
+    """Return the rank of one matrix without a name; an outer factor does not tell it, so the shorter side does."""
+    return int(state["factor"].shape[0] if "factor" in state else min(state["exp_avg"].shape[:2]))
+
+
+def _uncurved(saved: Mapping[str, Any], groups: list[Mapping[str, Any]], steps: int) -> str:
+    """Say why a state has no factors."""
+    if "gora" in saved:
+        return "it is the state of a GoRAInit that has not handed over to another optimizer"
+    if not any("outer_rank" in g for g in groups):
+        return "it is not the state of a GritKFAC"
+    return "its settings ask for none: outer_rank=0, and a rule that reads none" if steps else "it has taken no step"
 
 
 def _unseen(state: Mapping[str, Any]) -> bool:
@@ -222,6 +242,9 @@ def _paired(sides: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]], r:
     """Return the facts of a pair, or of one factor, from saved state."""
     k = min(int(s.get("rank", r)) for _, s in sides.values())
     out: dict[str, Any] = {"rank": k, "full_rank": r}
+    out["outer"] = {side: outer_share(s) for side, (_, s) in sides.items() if "outer_trace" in s}
+    if not all("factor" in s for _, s in sides.values()):
+        return out
     out["rows"] = max(float(s.get("rows", 0.0)) for _, s in sides.values())
     for side, (g, s) in sides.items():
         rule, damping = g.get("update", "eigen"), g.get("damping", 0.1)

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from curvopt import GritKFAC, MatryoshkaScaledAdam, find_lora_pairs
+from curvopt import GritKFAC, MatryoshkaScaledAdam
 from curvopt.integrations.options import parse_options
 from curvopt.optim.grit.settings import ADVANCED, complete
+from curvopt.optim.locator import trainable
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ def build_optimizer(
     model: nn.Module, optimizer: str | Callable[..., Optimizer] = "grit", **options: Any
 ) -> Optimizer:  # fmt: skip
     """Build an optimizer for a model with adapters.
+
+    It trains what it would train if it were given the model: also adapters that are not active now, and with
+    ``adapter=`` only those of that name.
 
     Weight decay acts on matrices: adapters and saved modules, but no biases and norms. If a library computes LoRA
     layers in kernels of its own that never call ``lora_A`` (see `fused_lora`), hooks would not fire: if the options
@@ -46,8 +50,7 @@ def build_optimizer(
     reason = fused_lora(model)
     if reason:
         options = without_hooks(options, optimizer, reason)
-    adapted = {p for pair in find_lora_pairs(model, options.get("adapter")) for p in (pair.A, pair.B)}
-    params = [p for p in model.parameters() if p.requires_grad or p in adapted]
+    params = trainable(model, options.get("adapter"))  # what the optimizer itself would take of the model
     if not options.get("weight_decay"):
         return optimizer(params, model=model, **options)
     groups: list[dict[str, Any]] = [

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from curvopt import GritKFAC
 from curvopt.integrations.factory import build_optimizer
+from curvopt.optim.checking import check, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +84,15 @@ class CurvatureCallback(TrainerCallback):
 
     Args:
         compact: at the end of training slice every adapter to its live rank, so that ``save_model`` saves it small.
-        path: where `curvopt.analysis.Recorder` keeps a record by pair, written by the first process; None for none.
+        path: where `curvopt.analysis.Recorder` keeps a record by pair; None for none. All processes read, since sharded
+            parameters are gathered for it, and the first writes.
         every: steps between two records.
         prefix: what the names begin with.
         mask_padding: False leaves padding in the statistics.
 
     Raises:
-        ValueError: ``compact`` with ``load_best_model_at_end``: the ranks at the end are not those of the best model.
+        ValueError: ``every`` is not a positive integer; or, when training begins, ``compact`` with
+            ``load_best_model_at_end``: the ranks at the end are not those of the best model.
     """
 
     def __init__(
@@ -106,11 +109,9 @@ class CurvatureCallback(TrainerCallback):
         self.mask_padding = mask_padding
         self._hook: RemovableHandle | None = None
         self._full: dict[str, int] = {}
+        check("every", every, is_whole(every) and every >= 1, "an integer ≥ 1")
+        self._path, self._every = path, every
         self._recorder: Any = None
-        if path is not None:
-            from curvopt.analysis import Recorder
-
-            self._recorder = Recorder(path, every)
 
     def install(self, trainer: Trainer) -> CurvatureCallback:
         """Add this callback before the reporters, so that they see its numbers; return it."""
@@ -120,7 +121,7 @@ class CurvatureCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse settings that cannot go together; remember the ranks; watch for masks."""
+        """Refuse settings that cannot go together; remember the ranks; open the record; watch for masks."""
         if self.compact and args.load_best_model_at_end:
             raise ValueError(
                 "compact must be False with load_best_model_at_end=True, got True: "
@@ -128,13 +129,17 @@ class CurvatureCallback(TrainerCallback):
             )
         for pair in getattr(acting(kwargs["optimizer"]), "pairs", ()):
             self._full.setdefault(pair.name, pair.rank)
+        if self._path is not None and self._recorder is None:
+            from curvopt.analysis import Recorder
+
+            self._recorder = Recorder(self._path, self._every, write=state.is_world_process_zero)
         self._unhook()
         if self.mask_padding and kwargs.get("model") is not None:
             self._hook = mask_padding(kwargs["model"], kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step."""
-        if self._recorder is not None and state.is_world_process_zero:
+        if self._recorder is not None:
             self._recorder.record(acting(kwargs["optimizer"]), step=state.global_step)
 
     def on_log(
@@ -175,8 +180,9 @@ class CurvatureCallback(TrainerCallback):
         ranks = {name: pair["rank"] for name, pair in pairs.items() if "rank" in pair}
         out: dict[str, float] = {"skipped_updates": report["skipped_updates"]} if "skipped_updates" in report else {}
         if ranks:
-            full = sum(self._full.get(name, pairs[name]["full_rank"]) for name in ranks)
-            out |= {"mean_rank": sum(ranks.values()) / len(ranks), "kept_share": sum(ranks.values()) / full}
+            full = ranks | {pair.name: pair.rank for pair in getattr(optimizer, "pairs", ())} | self._full
+            whole = sum(full[name] for name in ranks)
+            out |= {"mean_rank": sum(ranks.values()) / len(ranks), "kept_share": sum(ranks.values()) / whole}
             out |= {"min_rank": min(ranks.values()), "max_rank": max(ranks.values())}
         effective = [pair["effective_rank"] for pair in pairs.values() if "effective_rank" in pair]
         return out | ({"effective_rank": sum(effective) / len(effective)} if effective else {})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from grit_kit import rank_side
 
+from curvopt import GoRAInit
 from curvopt.analysis import Recorder, drift, spectra
 
 
@@ -136,6 +137,63 @@ def test_a_plain_optimizer_with_its_model(path):
     assert "pairs" not in second
 
 
+def test_accelerates_wrapper_is_looked_through(path):
+    accelerate = pytest.importorskip("accelerate")
+    _, optimizer = run(path, 2)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    Recorder(path).record(wrapped)
+    bare, through = Recorder.read(path)[-1], json.loads(lines(path)[-2])
+    assert bare["step"] == 2 and bare["pairs"].keys() == {pair.name for pair in optimizer.pairs}
+    for key in ("optimizer", "skipped_updates", "drift", "pairs"):
+        assert bare[key] == through[key]
+    assert drift(wrapped) == drift(optimizer) and spectra(wrapped) == spectra(optimizer)
+
+
+def handed_over(then, steps=4):
+    """A GoRAInit that calibrated in two steps and has given the others to what ``then`` returns."""
+    model = models.llama()
+    optimizer = GoRAInit(model, calibration_steps=2, then=then)
+    models.fit(model, optimizer, steps)
+    return model, optimizer
+
+
+def test_a_record_of_what_gora_has_handed_over_to(path):
+    model, optimizer = handed_over(lambda model: rank_side(model, lr=1e-2))
+    optimizer.zero_grad()
+    (models.loss(model, 0) * math.inf).backward()
+    optimizer.step()
+    recorder = Recorder(path)
+    recorder.record(optimizer, 1)
+    recorder.record(optimizer.delegate, 2)
+    outside, inside = Recorder.read(path)
+    assert outside["optimizer"] == "GritKFAC" and outside["skipped_updates"] == 1
+    assert all(pair["energy"] is not None for pair in outside["pairs"].values())
+    for key in ("optimizer", "skipped_updates", "drift", "pairs"):
+        assert outside[key] == inside[key]
+    assert drift(optimizer) == drift(optimizer.delegate)
+
+
+def test_gora_knows_the_pairs_of_a_plain_optimizer(path):
+    model, optimizer = handed_over(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2))
+    Recorder(path).record(optimizer, 1)
+    (record,) = Recorder.read(path)
+    assert record["optimizer"] == "AdamW" and "skipped_updates" not in record
+    assert record["drift"]["norm"] == pytest.approx(drift(model).norm, rel=1e-5) and len(record["pairs"]) == 14
+
+
+def test_steps_are_counted_on_over_the_hand_over(path):
+    """The delegate counts from 1: were that the step, reading the file would drop the calibration."""
+    model = models.llama()
+    optimizer = GoRAInit(model, calibration_steps=3, then=lambda model: rank_side(model, lr=1e-2))
+    recorder = Recorder(path)
+    for i in range(5):
+        models.fit(model, optimizer, 1, begin=i)
+        recorder.record(optimizer)
+    assert [(r["step"], r["optimizer"]) for r in Recorder.read(path)] == [
+        (1, "GoRAInit"), (2, "GoRAInit"), (3, "GritKFAC"), (4, "GritKFAC"), (5, "GritKFAC"),
+    ]  # fmt: skip
+
+
 def test_scalars_alone(path):
     model, optimizer = models.mlp(), None
     optimizer = rank_side(model)
@@ -149,6 +207,26 @@ def test_recording_changes_nothing(path):
     before = models.snapshot(model, optimizer)
     Recorder(path).record(optimizer, 3)
     models.assert_same(before, models.snapshot(model, optimizer))
+
+
+def test_one_that_does_not_write(path):
+    """It says what is due as the one that writes does, and leaves the file as it is."""
+    model, optimizer = run(path, 3)
+    before = path.read_bytes()
+    path.write_bytes(before[:-5])  # as if the other process were writing
+    silent = Recorder(path, 2, write=False)
+    assert [silent.record(optimizer, step, loss=1.0) for step in (3, 4)] == [False, True]
+    models.fit(model, optimizer, 1, begin=3)
+    assert silent.record(optimizer) and path.read_bytes() == before[:-5]
+    assert Recorder(path, 2).record(optimizer) and Recorder.read(path)[-1]["step"] == 4
+    with pytest.raises(ValueError, match=r"step must be an integer where write=False .*, got None"):
+        silent.record(None, loss=1.0)
+    with pytest.raises(ValueError, match="write must be True or False, got 1"):
+        Recorder(path, write=1)
+    other = path.parent / "other" / "run.jsonl"
+    with Recorder(other, tensorboard=path.parent / "events", write=False) as recorder:
+        assert recorder.record(optimizer, 1)
+    assert [file.name for file in path.parent.iterdir()] == ["run.jsonl"]
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, None])

@@ -11,6 +11,7 @@ import torch
 from grit_kit import rank_side
 from safetensors.torch import load_file, save_file
 
+from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
 from curvopt.analysis import inspect_saved, spectra
 from curvopt.doctor import main
 
@@ -126,6 +127,67 @@ def test_an_optimizer_without_names_is_read_by_parameter(tmp_path):
     report = inspect_saved(tmp_path / "run.pt")
     assert report.healthy and len(report.pairs) == 2 * len(optimizer.pairs)
     assert all(name.startswith("parameter.") for name in report.pairs)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_state_of_the_default_has_outer_factors(tmp_path, named, capsys):
+    model = models.llama()
+    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad] if named else model
+    optimizer = GritKFAC(params, lr=1e-2)
+    models.fit(model, optimizer, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "run.pt")
+    report = inspect_saved(tmp_path / "run.pt")
+    assert report.findings == [] and report.facts["steps"] == 3
+    known = optimizer.diagnostics()["pairs"].values()
+    shares = [pair["outer"][side] for pair in known for side in "AB"]
+    assert [share for pair in report.pairs.values() for share in pair["outer"].values()] == shares and min(shares) > 0
+    assert {(pair["rank"], pair["full_rank"]) for pair in report.pairs.values()} == {(4, 4)}
+    assert not any("A" in pair or "effective_rank" in pair for pair in report.pairs.values())  # on the rank side
+    assert main([str(tmp_path / "run.pt")]) == 0
+    assert "outer share" in capsys.readouterr().out
+
+
+def test_both_kinds_of_factors_are_read(tmp_path):
+    model = models.llama()
+    optimizer = GritKFAC(((n, p) for n, p in model.named_parameters() if p.requires_grad), statistics="gradient")
+    models.fit(model, optimizer, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "run.pt")
+    known = optimizer.diagnostics()["pairs"]
+    for name, pair in inspect_saved(tmp_path / "run.pt").pairs.items():
+        live = known[f"base_model.model.{name}"]
+        assert {key: pair[key] for key in ("outer", "A", "B", "rows")} == {
+            key: live[key] for key in ("outer", "A", "B", "rows")
+        }
+
+
+@pytest.mark.parametrize(
+    ("build", "steps", "reason"),
+    [
+        (lambda model: GritKFAC(model, outer_rank=0), 2, "its settings ask for none: outer_rank=0"),
+        (GritKFAC, 0, "it has taken no step"),
+        (lambda model: GoRAInit(model, calibration_steps=4), 2, "a GoRAInit that has not handed over"),
+        (MatryoshkaScaledAdam, 2, "it is not the state of a GritKFAC"),
+    ],
+)
+def test_why_a_state_has_no_factors(tmp_path, build, steps, reason):
+    model = models.llama()
+    optimizer = build(model)
+    models.fit(model, optimizer, steps)
+    torch.save(optimizer.state_dict(), tmp_path / "run.pt")
+    (finding,) = inspect_saved(tmp_path / "run.pt").findings
+    assert finding.kind == "no curvature" and reason in finding.todo
+
+
+@pytest.mark.parametrize("key", [None, "optimizer"])
+def test_the_state_of_what_gora_has_handed_over_to(tmp_path, key):
+    model = models.llama()
+    optimizer = GoRAInit(model, calibration_steps=2, then=lambda model: GritKFAC(model, lr=1e-2))
+    models.fit(model, optimizer, 5)
+    for name, state in (("outside", optimizer.state_dict()), ("inside", optimizer.delegate.state_dict())):
+        torch.save(state if key is None else {key: state}, tmp_path / f"{name}.pt")
+    outside, inside = (inspect_saved(tmp_path / f"{name}.pt") for name in ("outside", "inside"))
+    assert outside.facts == inside.facts and outside.pairs == inside.pairs and outside.findings == inside.findings
+    assert outside.facts["steps"] == 3 and outside.facts["state_bytes"] > 0 and len(outside.pairs) == 28
 
 
 def test_findings_of_a_saved_optimizer(tmp_path):

@@ -6,6 +6,8 @@ import types
 import models
 import pytest
 import torch
+from peft import LoraConfig
+from situations_kit import build, steps, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,6 +41,54 @@ def test_weight_decay_spares_norms_and_biases():
     decays, plain = optimizer.param_groups
     assert (decays["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in plain["params"]} == {1} and all(p.ndim >= 2 for p in decays["params"])
+
+
+# ------------------------------------------------------------------------------------------ several adapters
+
+TWO = {"dora": {"use_dora": True}, "saved modules": {"modules_to_save": ["4"]}}
+
+
+def two_adapters(**kwargs):
+    """A model with the adapters "default", which is active, and "other"."""
+    model = build(**kwargs)
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], **kwargs))
+    return model.double()
+
+
+def in_groups(model, optimizer):
+    """Return the names of what the optimizer holds."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in model.named_parameters() if p in held}
+
+
+def moved(model, optimizer):
+    """Return the names of what three steps change."""
+    before = weights(model)
+    steps(model, optimizer, 3)
+    return {name for name, p in weights(model).items() if not p.equal(before[name])}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", TWO)
+def test_a_resting_adapter_trains_whole_once_it_is_active(kind, weight_decay):
+    model = two_adapters(**TWO[kind])
+    optimizer = build_optimizer(model, lr=1e-2, weight_decay=weight_decay)
+    assert in_groups(model, optimizer) == in_groups(model, GritKFAC(model, lr=1e-2))
+    model.set_adapter("other")
+    active = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("other" in name and "lora_A" not in name and "lora_B" not in name for name in active)
+    assert moved(model, optimizer) == active
+
+
+def test_only_the_chosen_one_of_two_active_adapters_trains():
+    model = two_adapters()
+    model.base_model.set_adapter(["default", "other"])
+    optimizer = build_optimizer(model, lr=1e-2, adapter="default")
+    assert moved(model, optimizer) == {name for name in weights(model) if ".default." in name}
+    control = two_adapters()
+    control.base_model.set_adapter(["default", "other"])
+    both = build_optimizer(control, lr=1e-2)
+    assert moved(control, both) == {name for name in weights(control) if "lora_" in name}
 
 
 # ------------------------------------------------------------------------------ kernels that never call lora_A

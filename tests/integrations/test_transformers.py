@@ -119,6 +119,12 @@ def test_records_are_kept(tmp_path):
     assert set(lines[-1]["pairs"]) == set(optimizer.ranks())
 
 
+@pytest.mark.parametrize("every", [0, 1.5, True])
+def test_bad_every(every, tmp_path):
+    with pytest.raises(ValueError, match="every must be an integer ≥ 1, got"):
+        CurvatureCallback(path=tmp_path / "run.jsonl", every=every)
+
+
 def test_the_numbers_of_what_gora_hands_over_to(tmp_path):
     model = models.llama(r=6)
     optimizer = published(model, rank=4, min_rank=2, max_rank=6, calibration_steps=2,
@@ -129,6 +135,27 @@ def test_the_numbers_of_what_gora_hands_over_to(tmp_path):
     first, *_, last = [entry for entry in done.state.log_history if "loss" in entry]
     assert "curvopt/effective_rank" in last and "curvopt/effective_rank" not in first
     assert optimizer.delegate.ranks() == {pair.name: pair.rank for pair in optimizer.pairs}
+
+
+@pytest.mark.parametrize("nesting", ["matryoshka", "dylora", "stratified"])
+def test_the_numbers_of_nested_ranks(nesting, tmp_path):
+    model = models.llama(r=6, start="random")
+    done = trainer(tmp_path, model, optimizers=(MatryoshkaScaledAdam(model, lr=1e-2, nesting=nesting), None))
+    CurvatureCallback().install(done)
+    done.train()
+    entries = [entry for entry in done.state.log_history if "loss" in entry]
+    expected = {"mean_rank": 6, "min_rank": 6, "max_rank": 6, "kept_share": 1, "skipped_updates": 0}
+    expected = {f"curvopt/{name}": value for name, value in expected.items()}
+    assert len(entries) == 3
+    for entry in entries:
+        assert {key: value for key, value in entry.items() if key.startswith("curvopt/")} == expected
+
+
+def test_the_numbers_before_training():
+    model = models.llama(r=6, start="random")
+    for optimizer in (MatryoshkaScaledAdam(model), GritKFAC(model)):
+        summary = CurvatureCallback().summary(optimizer)
+        assert (summary["mean_rank"], summary["kept_share"]) == (6, 1)
 
 
 def test_other_optimizers_are_left_in_peace(tmp_path):

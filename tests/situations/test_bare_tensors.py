@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from curvopt import GritKFAC
+from curvopt.analysis import Recorder, doctor
 from curvopt.lora import low_rank_by_shape
 
 STEPS = 6
@@ -147,3 +148,21 @@ def test_groups_that_are_added_are_looked_at_too():
     assert optimizer.ranks() == {} and optimizer.compact() == {}
     report = optimizer.diagnostics()
     assert len(report["pairs"]) == 8 and report["skipped_updates"] == 0
+
+
+def test_the_analysis_knows_that_there_are_no_pairs(tmp_path):
+    model = models.llama()
+    optimizer = bare(model)
+    models.fit(model, optimizer, 3)
+    report = doctor(model, optimizer)
+    assert report.findings == [] and report.facts["norm"] is None and len(report.pairs) == 28
+    Recorder(tmp_path / "run.jsonl").record(optimizer, 3, loss=1.0)
+    (record,) = Recorder.read(tmp_path / "run.jsonl")
+    assert record.keys() == {"step", "time", "loss", "optimizer", "skipped_updates"}
+
+
+def test_control_a_run_without_low_rank_matrices_needs_attention():
+    model = models.mlp(width=8, r=5)  # above half of the width
+    optimizer = bare(model, require_pairs=False)
+    models.fit(model, optimizer, 3)
+    assert "no pairs" in doctor(model, optimizer).kinds()

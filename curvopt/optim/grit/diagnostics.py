@@ -1,6 +1,6 @@
 """What GritKFAC tells of itself when asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def _pair(
     group = sides[0].group
     out["statistics"] = source_of(sides[0]).name
     out["kept"] = [int(s["kept"]) for s in states.values() if "kept" in s][:1]
-    out["outer"] = {name: _share(s) for name, s in states.items() if "outer_trace" in s}
+    out["outer"] = {name: outer_share(s) for name, s in states.items() if "outer_trace" in s}
     if factors is None:
         return out
     out["rows"] = max(float(s["rows"]) for s in states.values())
@@ -116,7 +116,7 @@ def _pair(
     return out
 
 
-def _share(state: dict[str, Any]) -> float:
+def outer_share(state: Mapping[str, Any]) -> float:
     """Return Σμ / tr S of a side's outer factor; 0 while it is empty."""
     trace = float(state["outer_trace"])
     return float(state["outer_eigenvalues"].sum()) / trace if trace > 0 else 0.0
