@@ -7,6 +7,8 @@ from situations_kit import X, Y, build, loss, weights
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
+from curvopt import GoRAInit
+
 SET = {"rank": 3, "min_rank": 1, "max_rank": 6, "calibration_steps": 2}
 DROPS = {
     "model.zero_grad": lambda model, optimizer: model.zero_grad(),
@@ -244,3 +246,84 @@ def test_groups_hold_nothing_internal_and_old_states_load():
         again = published(build(0), **{**SET, "calibration_steps": 3})
         again.load_state_dict(state)
         assert again.diagnostics()["steps"] == 1 and "clock" not in again.param_groups[0]
+
+
+# ---------------------------------------------------------------------------------------------- no hook is called
+
+
+class Fused(nn.Module):
+    """Computes what the model does, without calling its layers: no hook of theirs runs."""
+
+    def __init__(self, model, around=("0", "2")):
+        super().__init__()
+        self.model, self.around = model, around
+
+    def forward(self, x):
+        for name, layer in self.model.base_model.model.named_children():
+            x = layer.forward(x) if name in self.around else layer(x)
+        return x
+
+
+def compiled_before(model):
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    loss(compiled).backward()
+    model.zero_grad()
+    return compiled
+
+
+@pytest.mark.parametrize("kind", ["gora", "whitened"])
+@pytest.mark.parametrize(
+    ("around", "layers"),
+    [(Fused, 2), (lambda model: Fused(model, ("2",)), 1), (compiled_before, 2)],
+    ids=["fused", "one of two", "compiled before"],
+)
+def test_a_forward_that_bypasses_the_layers_ends_in_an_error_that_says_so(around, layers, kind):
+    model = build(0)
+    forward = around(model)
+    optimizer = published(model, **{**SET, **KINDS[kind]})
+    before = weights(model)
+    for i in range(optimizer.param_groups[0]["calibration_steps"]):
+        loss(forward).backward()
+        if i + 1 < optimizer.param_groups[0]["calibration_steps"]:
+            optimizer.step()
+    with pytest.raises(ValueError, match=f"importance must be 'grad_b' with start='gora', .*: {layers} layers .*fused"):
+        optimizer.step()
+    assert not optimizer.ready
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("around", [Fused, compiled_before], ids=["fused", "compiled before"])
+def test_what_that_error_advises_needs_no_hooks(around):
+    same(*(calibrated_by_B(each) for each in (around, lambda model: model)))
+
+
+def calibrated_by_B(around):
+    model = build(0)
+    forward = around(model)
+    optimizer = GoRAInit(model, importance="grad_b", start="gora", calibration_steps=2)
+    for i in range(2):
+        optimizer.zero_grad()
+        loss(forward, X.roll(i, 0)).backward()
+        optimizer.step()
+    assert optimizer.ready and all(pair.B.any() for pair in optimizer.pairs)
+    return optimizer.plan, weights(model)
+
+
+@pytest.mark.parametrize("spoil", ["nan", "zero", "none"])
+def test_gradients_that_count_nothing_are_no_bypass(spoil, caplog):
+    """Not finite, or zero as those of a penalty on B alone are at the start: the calibration goes on."""
+    model = build(0)
+    optimizer = published(model, **SET)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if spoil == "zero":
+            sum(pair.B.square().sum() for pair in optimizer.pairs).backward()
+        elif spoil == "nan":
+            (torch.nan * loss(model)).backward()
+        optimizer.step()
+    assert not optimizer.ready and "none of 3 calibration steps had a finite gradient" in caplog.text
+    optimizer.zero_grad()
+    loss(model).backward()
+    optimizer.step()
+    assert optimizer.ready
