@@ -1,13 +1,16 @@
 """GoRAInit where loops are not plain: dropped batches, several backward passes, schedulers, half precision."""
 
+import copy
+import re
+
 import pytest
 import torch
 from gora_models import published
-from situations_kit import X, Y, build, loss, weights
+from situations_kit import X, Y, build, loss, steps, weights
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from curvopt import GoRAInit
+from curvopt import GoRAInit, find_lora_pairs
 
 SET = {"rank": 3, "min_rank": 1, "max_rank": 6, "calibration_steps": 2}
 DROPS = {
@@ -327,3 +330,101 @@ def test_gradients_that_count_nothing_are_no_bypass(spoil, caplog):
     loss(model).backward()
     optimizer.step()
     assert optimizer.ready
+
+
+# ---------------------------------------------------------------------------------------------- edited groups
+
+
+def calibrated(edit=None, at=1, **settings):
+    """Plan and weights after calibration of one and the same batch; ``edit(optimizer)`` comes before step ``at``."""
+    model = build(0)
+    optimizer = GoRAInit(model, generator=torch.Generator().manual_seed(2), **settings)
+    for i in range(8):
+        if i == at and edit is not None:
+            edit(optimizer)
+        if not optimizer.ready:
+            steps(model, optimizer)
+    return optimizer.plan, weights(model), optimizer.diagnostics()["steps"]
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"start": "gora"}, "start must be what it was when the optimizer was made, 'whitened'"),
+        ({"start": "none"}, "start must be one of 'gora', 'whitened', 'whitened-random', got 'none'"),
+        ({"importance": "grad_b"}, "importance must be what it was when the optimizer was made, 'mean_abs'"),
+        ({"allocation": "spectrum"}, "allocation must be what it was when the optimizer was made, 'uniform'"),
+        ({"rank": 2}, "rank must be what it was when the optimizer was made, None"),
+        ({"min_rank": 2}, "min_rank must be None with allocation='uniform'"),
+        ({"resize": False}, "resize must be what it was when the optimizer was made, True"),
+        ({"offload": True}, "offload must be what it was when the optimizer was made, False"),
+        ({"calibration_steps": "x"}, "calibration_steps must be an integer ≥ 1, got 'x'"),
+        ({"calibration_steps": 1}, "calibration_steps must be at least 2"),
+        ({"convergence": 0}, "convergence must be None or a number > 0, got 0"),
+        ({"lr": -1.0}, "lr must be a number ≥ 0, got -1.0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("new", [False, True], ids=["edited", "new dict"])
+def test_edits_during_the_calibration_are_validated(edit, message, at, new):
+    """At every step until they are taken back; the result then is that of a run without."""
+
+    def spoil(optimizer):
+        model, kept = optimizer.model, dict(optimizer.param_groups[0])
+        before = weights(model)
+        if new:
+            optimizer.param_groups = [{**kept, **edit}]
+        else:
+            optimizer.param_groups[0].update(edit)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                steps(model, optimizer)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        optimizer.param_groups[0].update({key: kept[key] for key in edit})
+
+    spoiled, clean = calibrated(spoil, at), calibrated()
+    same(spoiled, clean)
+    assert spoiled[2] == clean[2] == 4
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"calibration_steps": 3}, {"calibration_steps": 6}, {"init_lr": 0.3}, {"convergence": 0.5},
+     {"keep_scaling": False}],
+    ids=str,
+)  # fmt: skip
+def test_edits_of_what_is_read_later_count(edit):
+    settings = {"start": "gora", "allocation": "exact", "rank": 2, "max_rank": 6}
+    edited = calibrated(lambda optimizer: optimizer.param_groups[0].update(edit), **settings)
+    made, plain = calibrated(**{**settings, **edit}), calibrated(**settings)
+    same(edited, made)
+    assert edited[2] == made[2]
+    assert edited[2] != plain[2] or any(not torch.equal(p, plain[1][name]) for name, p in made[1].items())
+
+
+@pytest.mark.parametrize("kind", [{"start": "gora"}, {}, {"importance": "grad_b", "start": "gora"}], ids=str)
+def test_new_group_dicts_go_on_with_the_sums(kind):
+    def renew(optimizer):
+        optimizer.param_groups = [dict(optimizer.param_groups[0])]
+
+    same(calibrated(renew, 2, **kind), calibrated(**kind), rtol=1e-12)
+
+
+def test_a_pair_that_was_unfrozen_later_is_named_as_left_out():
+    model = build(0)
+    pairs = find_lora_pairs(model)
+    for p in (pairs[1].A, pairs[1].B):
+        p.requires_grad_(False)
+    optimizer = GoRAInit(model, start="gora", calibration_steps=2)
+    assert optimizer.diagnostics()["left_out"] == [pairs[1].name]
+    for p in (pairs[1].A, pairs[1].B):
+        p.requires_grad_(True)
+    for _ in range(2):
+        assert optimizer.diagnostics()["left_out"] == [pairs[1].name]
+        steps(model, optimizer)
+    assert optimizer.ready and optimizer.diagnostics()["left_out"] == [pairs[1].name]
+    assert pairs[0].B.any() and not pairs[1].B.any()
+    assert copy.deepcopy((model, optimizer))[1].diagnostics() == optimizer.diagnostics()
+    whole = GoRAInit(build(0), start="gora")
+    assert whole.diagnostics()["left_out"] == []
