@@ -296,6 +296,24 @@ def test_a_forward_that_bypasses_the_layers_ends_in_an_error_that_says_so(around
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_after_a_reset_of_the_compiler_the_hooks_are_called():
+    model = build(0)
+    forward = compiled_before(model)
+    optimizer = GoRAInit(model, start="gora", calibration_steps=2)
+    for i in range(2):
+        if i == 1:
+            with pytest.raises(ValueError, match=r"call torch\.compiler\.reset\(\) instead"):
+                optimizer.zero_grad(), loss(forward).backward(), optimizer.step()
+            torch.compiler.reset()
+        optimizer.zero_grad(), loss(forward).backward(), optimizer.step()
+    assert optimizer.ready
+    twin = build(0)
+    plain = GoRAInit(twin, start="gora", calibration_steps=1)
+    loss(twin).backward()
+    plain.step()
+    same((optimizer.plan, weights(model)), (plain.plan, weights(twin)), rtol=1e-12)
+
+
 @pytest.mark.parametrize("around", [Fused, compiled_before], ids=["fused", "compiled before"])
 def test_what_that_error_advises_needs_no_hooks(around):
     same(*(calibrated_by_B(each) for each in (around, lambda model: model)))

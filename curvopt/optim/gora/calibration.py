@@ -276,11 +276,11 @@ class Calibration:
         around = [pair.name for pair, n in zip(pairs, total.tolist(), strict=True) if n]
         if around:
             raise ValueError(
-                f"importance must be 'grad_b' with start='gora', which need no hooks, where the forward bypasses the "
+                "importance must be 'grad_b' with start='gora', which need no hooks, where the forward bypasses the "
                 f"layers, got {self.importance!r} with {self._g['start']!r}: {len(around)} layers "
                 f"({', '.join(around[:5])}) had a gradient of B, but their hooks were not called, as where a fused "
-                "forward reads their weights, or where the model was compiled and run before this optimizer was made. "
-                "Or make the optimizer before that"
+                "forward reads their weights. Where the model was compiled and run before this optimizer was made, "
+                "call torch.compiler.reset() instead"
             )
 
     def _seen_anywhere(self, pairs: Sequence[LoraPair]) -> Tensor:
