@@ -79,7 +79,8 @@ def smallest_rank(
     Raises:
         TypeError: If a batch is not a mapping and no `loss` is given; otherwise as `export_adapter`.
         ValueError: If there is no pair or no batch, the tolerance is negative, ranks do not ascend from at least 1 or
-            exceed the largest, or the full adapter's loss is not finite; otherwise as `export_adapter`.
+            exceed the largest, or the full adapter's loss is not finite; the model does not compute with the adapter,
+            as in `truncated`; otherwise as `export_adapter`.
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be a finite number ≥ 0, got {tolerance!r}")

@@ -24,7 +24,7 @@ from curvopt.functional.nested import product_svd
 from curvopt.functional.ranks import energy_rank
 from curvopt.lora.pair import LoraPair
 from curvopt.lora.pairs import find_lora_pairs
-from curvopt.lora.resize import by_pair, check_resize
+from curvopt.lora.resize import by_pair, check_cut
 
 Basis = Literal["stored", "svd", "balanced"]
 Ranks = Mapping[str, int] | int | None
@@ -58,7 +58,7 @@ def order_pair(pair: LoraPair, basis: Basis, factors: tuple[Tensor, Tensor] | No
     Raises:
         ValueError: If the matrices are sharded, or A has a bias, which no change of basis carries.
     """
-    check_resize(pair, pair.rank)
+    check_cut(pair, pair.rank)
     if basis == "stored":
         return OrderedPair(pair.A.detach(), pair.B.detach())
     if getattr(pair.owner("A"), "bias", None) is not None:
@@ -129,7 +129,7 @@ def kept_ranks(pairs: Sequence[LoraPair], ranks: Ranks, adapter: str | None) -> 
     elif ranks is not None:
         kept = {pair: min(ranks, pair.rank) for pair in pairs}
     for pair, rank in kept.items():
-        check_resize(pair, rank)
+        check_cut(pair, rank)
         if rank > pair.rank:
             raise ValueError(f"ranks: {pair.name} has rank {pair.rank}, {rank} cannot be cut from it")
     return kept
@@ -180,10 +180,13 @@ def truncated(
         {pair name: rank}.
 
     Raises:
-        TypeError, ValueError: As `curvopt.lora.export_adapter` does.
+        TypeError: As `curvopt.lora.export_adapter` does.
+        ValueError: As it does; or the model does not compute with the adapter, which is merged into the base weights,
+            disabled or not active.
     """
     reshard(model)  # so that sharded matrices are seen as such, and refused
     pairs = find_lora_pairs(model, adapter)
+    _check_at_work(pairs)
     made, kept = cut(pairs, ranks, energy, basis, factors, adapter)
     held = {pair: (pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs}
     try:
@@ -198,6 +201,22 @@ def truncated(
             for pair, (A, B) in held.items():
                 pair.A.copy_(A)
                 pair.B.copy_(B)
+
+
+def _check_at_work(pairs: Sequence[LoraPair]) -> None:
+    """Raise a ValueError if the model does not compute with the pairs; some may rest while other adapters work."""
+    idle = {pair: pair.idle for pair in pairs}
+    resting = [pair for pair in pairs if idle[pair]]
+    found = [pair for pair in resting if idle[pair] != "inactive"] or (resting if len(resting) == len(pairs) else [])
+    if found:
+        remedy = {
+            "merged": "call unmerge_adapter() of the PeftModel first",
+            "disabled": "leave disable_adapter(), or call enable_adapters()",
+            "inactive": f"call set_adapter({found[0].adapter!r}) first",
+        }[idle[found[0]]]
+        raise ValueError(
+            f"{found[0].name} is {idle[found[0]]}: cutting it would change nothing that the model computes; {remedy}"
+        )
 
 
 def cut(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvopt.distributed import is_sharded
 from curvopt.lora.cut import Basis, Factors, OrderedPair, Ranks, cut
 from curvopt.lora.pair import LoraPair
-from curvopt.lora.pairs import find_lora_pairs, find_skipped
+from curvopt.lora.pairs import COMPILED, find_lora_pairs, find_skipped, uncompiled
 from curvopt.lora.resize import (
     alpha_for,
     denominator,
@@ -53,6 +53,7 @@ _READERS: dict[str, _Reader] = {
     "llama.cpp": _Reader("tensor"),
     "diffusers": _Reader("one", ("modules_to_save", "bias", "use_dora")),
 }
+_PEFT_FILE = "adapter_model.safetensors"
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -87,7 +88,7 @@ def export_adapter(
     dtype; padding is exact.
 
     Args:
-        model: A `PeftModel`, unwrapped.
+        model: A `PeftModel`, unwrapped; or what torch.compile made of one.
         path: The folder; created if it does not exist; files of an earlier export in it are replaced.
         adapter: Name of the adapter; None: the active one.
         ranks: Keep the leading directions: {pair name: rank}, or one number for all pairs that have more.
@@ -114,8 +115,10 @@ def export_adapter(
         ValueError: If the adapter, the target, the basis or a name is unknown; a rank or share is out of range, or both
             are given; factors are missing or not needed; the model is sharded; the adapter has parts that cannot be cut
             or padded (a layer that is not a plain pair, an initialisation that changed the base weights), or parts that
-            the target does not support (saved modules, biases, DoRA magnitudes).
+            the target does not support (saved modules, biases, DoRA magnitudes); or the model's state_dict has no
+            tensor of the adapter.
     """
+    given, model = model, uncompiled(model)
     peft: Any = model
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not callable(getattr(model, "get_base_model", None)):
@@ -141,6 +144,8 @@ def export_adapter(
         )
     if basis != "stored" or any(x is not None for x in (ranks, energy, factors, pad_to)) or target != "peft":
         pairs = _cuttable(model, chosen, config)
+        if given is not model:  # its names of pairs are those of what is inside, after the wrapper's own
+            ranks, factors = _inside(ranks), _inside(factors)
         made, kept = cut(pairs, ranks, energy, basis, factors, chosen)
         _reshape(model, config, state, made, kept, pad_to, target)
     folder = Path(path)
@@ -153,6 +158,7 @@ def export_adapter(
             configs[chosen] = live
         nested = Path(scratch) / chosen  # where PEFT puts every adapter but "default"
         written = nested if nested.is_dir() else Path(scratch)
+        _settle_names(written, chosen)
         if target == "diffusers":
             _write_for_diffusers(written, folder, prefix)
         else:
@@ -168,11 +174,35 @@ def _check_readable(config: Any, target: str) -> None:
             raise ValueError(f"{target} does not read {field}={value!r}; target='peft' writes it")
 
 
+def _inside(named: Any) -> Any:
+    """Return what is given by names of pairs by those that they have inside what torch.compile returns."""
+    return {k.removeprefix(f"{COMPILED}."): v for k, v in named.items()} if isinstance(named, Mapping) else named
+
+
+def _settle_names(written: Path, adapter: str) -> None:
+    """Take the names that torch.compile gives the layers it wraps out of the file that PEFT has written.
+
+    Raises:
+        ValueError: If the file has no tensors: PEFT writes what it finds by name, and says nothing where that is none.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(written / _PEFT_FILE)
+    if not tensors:
+        raise ValueError(
+            f"model must have the tensors of adapter {adapter!r} in its state_dict under the names that PEFT gives "
+            "them, but none was found there: export the PeftModel itself, without wrappers or hooks on state_dict"
+        )
+    named = {name.replace(f".{COMPILED}.", "."): tensor for name, tensor in tensors.items()}
+    if named.keys() != tensors.keys():
+        save_file(named, written / _PEFT_FILE, metadata={"format": "pt"})
+
+
 def _write_for_diffusers(written: Path, folder: Path, prefix: str) -> None:
     """Turn the file that PEFT has written into the one that diffusers looks for."""
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(written / "adapter_model.safetensors")
+    tensors = load_file(written / _PEFT_FILE)
     named = {f"{prefix}.{name.removeprefix('base_model.model.')}": tensor for name, tensor in tensors.items()}
     save_file(named, folder / _DIFFUSERS_FILE, metadata={"format": "pt"})
 

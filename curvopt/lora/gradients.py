@@ -96,6 +96,8 @@ class BaseGradients:
     Attributes:
         sums: {pair: {name: Σ}}, fp32 (fp64 for fp64 gradients).
         seen: {pair: steps in which a finite gradient came, 0-d fp32}.
+        bypassed: {pair: whether B had a gradient, finite and not zero, in a step in which the layer's hook was not
+            called, 0-d bool}, of pairs with such steps.
         differentiable: Name of a pair through which a backward with ``create_graph=True`` went: then Ḡ is not known.
     """
 
@@ -111,6 +113,7 @@ class BaseGradients:
         self.product = _whole if product is None else product
         self.sums: dict[LoraPair, dict[str, Tensor]] = {}
         self.seen: dict[LoraPair, Tensor] = {}
+        self.bypassed: dict[LoraPair, Tensor] = {}
         self.differentiable = ""
         self._group = group
         self._records = {pair: _Record(pair) for pair in self.pairs}
@@ -144,6 +147,7 @@ class BaseGradients:
         self.discard()
         self.sums.clear()
         self.seen.clear()
+        self.bypassed.clear()
 
     def commit(self) -> Tensor:
         """End a step: add what belongs to the gradients that stand now to the sums, and count the layers reached.
@@ -158,7 +162,10 @@ class BaseGradients:
         for pair, factor in factors.items():
             record = self._records[pair]
             sum_ = record.here
-            if sum_.hit is None or pair.B.grad is None:
+            if pair.B.grad is None:
+                continue
+            if sum_.hit is None:
+                self._note_bypass(record)
                 continue
             fine = factor.isfinite() & (sum_.hit > 0)
             broken = broken | ~fine.to(broken.device)
@@ -171,6 +178,14 @@ class BaseGradients:
             self.seen[pair] = self.seen[pair] + taken if pair in self.seen else taken
         self.discard()
         return broken
+
+    def _note_bypass(self, record: _Record) -> None:
+        """Note that a gradient of B has arrived and nothing came with it."""
+        pair = record.pair
+        if record.landed is not None and pair.B.grad is not None:
+            held = local(pair.B.grad.detach())
+            around = held.isfinite().all() & held.any()
+            self.bypassed[pair] = self.bypassed[pair] | around if pair in self.bypassed else around
 
     def _factors(self) -> dict[LoraPair, Tensor]:
         """Return by what ``B.grad`` has been multiplied since it arrived, 0-d fp64; 1 exactly where it was left alone.
@@ -442,6 +457,12 @@ def base_layer(pair: LoraPair) -> nn.Module | None:
     return None
 
 
+def has_base_weight(pair: LoraPair) -> bool:
+    """Whether `base_weight` finds anything: a weight, or what PEFT's helper can dequantize (HQQ's has no such name)."""
+    base = base_layer(pair)
+    return any(getattr(base, word, None) is not None for word in ("weight", "W_q"))
+
+
 def base_weight(pair: LoraPair) -> Tensor:
     """The frozen weight (d_out, d_in), dequantized by PEFT's own helper where it is quantized; detached.
 
@@ -455,7 +476,7 @@ def base_weight(pair: LoraPair) -> Tensor:
     weight: Any = getattr(base, "weight", None)
     weight = whole(weight) if is_sharded(weight) else weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    if base is not None and not plain:
+    if not plain and has_base_weight(pair):
         # imported here: only a quantized base needs PEFT, and whoever has one through PEFT has PEFT
         from peft.utils.integrations import dequantize_module_weight
 

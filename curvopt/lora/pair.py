@@ -110,6 +110,22 @@ class LoraPair:
         return 1.0 if alpha is None or not rank else alpha / rank
 
     @property
+    def idle(self) -> str:
+        """Why a PEFT layer does not add s B A x now; empty if it does, and for layers that cannot tell.
+
+        "merged": s B A is in the base weight, and changes of A and B have no effect; "disabled": the layer computes
+        without its adapters; "inactive": it computes with others.
+        """
+        if not self.is_peft:
+            return ""
+        layer: Any = self.module
+        if self.adapter in getattr(layer, "merged_adapters", ()):
+            return "merged"
+        if getattr(layer, "disable_adapters", False):
+            return "disabled"
+        return "" if self.adapter in getattr(layer, "active_adapters", (self.adapter,)) else "inactive"
+
+    @property
     def variant(self) -> str:
         """Name of the PEFT variant (or "DoRA") that replaces the plain forward; empty if none does."""
         found = getattr(self.module, "lora_variant", None)

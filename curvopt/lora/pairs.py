@@ -21,7 +21,8 @@ _STYLES = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"),
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _BARE = {"A", "B", "a", "b"}  # words too common to trust without a look at the shapes
 _SIDES = {word: (style, side) for style in (*_STYLES, _EMBEDDING) for word, side in zip(style, "AB", strict=True)}
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+COMPILED = "_orig_mod"  # the child of what torch.compile returns that is the module compiled
+_WRAPPERS = {COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 LARGEST_RANK = 128  # of a tensor that is told by its shape
 _Key = tuple[str, tuple[str, str], tuple[str, ...]]
 _Fit = tuple[int, int, int]
@@ -59,6 +60,12 @@ def find_skipped(model: nn.Module) -> list[tuple[str, str]]:
         TypeError: If `model` is not a module.
     """
     return _scan(model)[1]
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module that torch.compile was given, which has the same parameters; anything else as it is."""
+    children = dict(model.named_children()) if isinstance(model, nn.Module) else {}
+    return children[COMPILED] if set(children) == {COMPILED} else model
 
 
 def describe_search(model: nn.Module) -> str:

@@ -43,7 +43,8 @@ def resize_pair(
 
     Raises:
         TypeError: If `rank` is not an integer.
-        ValueError: If `rank` is below 1, a variant holds more tensors along the rank, or the matrices are sharded.
+        ValueError: If `rank` is below 1, a variant holds more tensors along the rank, or the matrices are sharded or
+            merged into the base weight.
     """
     check_resize(pair, rank)
     old, scaling = pair.rank, pair.scaling
@@ -93,6 +94,16 @@ def resize_adapter(
 
 def check_resize(pair: LoraPair, rank: Any) -> None:
     """Raise what `resize_pair` documents."""
+    check_cut(pair, rank)
+    if pair.idle == "merged":
+        raise ValueError(
+            f"{pair.name} cannot be resized while it is merged: unmerging would take other matrices out of the base "
+            "weight than were put in. Call unmerge_adapter() of the PeftModel first"
+        )
+
+
+def check_cut(pair: LoraPair, rank: Any) -> None:
+    """Raise what `resize_pair` documents, as far as it holds for a copy of that rank too."""
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f"rank of {pair.name} must be an int, got {type(rank).__name__}")
     if rank < 1:

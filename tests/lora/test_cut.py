@@ -7,7 +7,7 @@ import models
 import oracles
 import pytest
 import torch
-from export_kit import Toy, by_leaf, config, loaded, outputs, peft_toy, ranks_of
+from export_kit import Toy, X, by_leaf, config, loaded, outputs, peft_toy, ranks_of
 from grit_kit import rank_side
 from hypothesis import given
 from hypothesis import strategies as st
@@ -163,6 +163,66 @@ def test_one_adapter_of_two_is_cut():
         assert set(ranks.values()) == {2}
         changed = models.differences(before, models.snapshot(model))
     assert changed and not any(".b." in name for name in changed)
+
+
+def rest(model, how):
+    """Let a model not compute with its adapter "default"; returns what undoes it."""
+    if how == "merged":
+        model.merge_adapter()
+        return model.unmerge_adapter
+    if how == "inactive":
+        model.add_adapter("b", config(target_modules=["up"]))
+        model.double().set_adapter("b")
+        return lambda: model.set_adapter("default")
+    if how == "disabled":
+        context = model.disable_adapter()
+        context.__enter__()
+        return lambda: context.__exit__(None, None, None)
+    return lambda: None
+
+
+@pytest.mark.parametrize("how", ["merged", "disabled", "inactive", ""])
+def test_an_adapter_that_the_model_does_not_compute_with_is_not_measured(how):
+    model = peft_toy()
+    back = rest(model, how)
+    before = models.snapshot(model)
+    for use in (
+        lambda: truncated(model, 2, adapter="default").__enter__(),
+        lambda: smallest_rank(model, [X], loss=lambda m, x: m(x).square().mean(), adapter="default"),
+    ):
+        if how:
+            with pytest.raises(ValueError, match=f"emb is {how}: cutting it would change nothing that the model"):
+                use()
+            models.assert_same(models.snapshot(model), before)
+    back()
+    full = outputs(model)
+    # unmerging rounds the base weights
+    torch.testing.assert_close(full, outputs(peft_toy()), rtol=1e-12, atol=1e-10)
+    with truncated(model, 2, adapter="default"):
+        assert not torch.allclose(outputs(model), full)
+    assert smallest_rank(model, [X], loss=lambda m, x: m(x).square().mean(), adapter="default").table[-1].rank == 6
+
+
+def test_resting_adapters_are_cut_beside_active_ones_and_not_alone():
+    model = peft_toy()
+    model.add_adapter("b", config(target_modules=["up"]))
+    model.double()
+    with truncated(model, 2) as ranks:
+        assert len(ranks) == 5 and set(ranks.values()) == {2}
+    model.base_model.set_adapter([])
+    with pytest.raises(ValueError, match="is inactive"), truncated(model, 2):
+        pass
+
+
+def test_a_merged_adapter_is_exported_cut(tmp_path):
+    """Its matrices are as they were, so that the file is too."""
+    model, files = peft_toy(), []
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        folder = export_adapter(model, tmp_path / str(merged), ranks=2, basis="svd")
+        files.append((folder / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_bad_arguments_are_named(tmp_path):

@@ -118,3 +118,55 @@ def test_export_errors(tmp_path, monkeypatch):
         export_adapter(model, tmp_path / "half", ranks=2)
     assert model.peft_config["default"] is live and set(ranks_of(model).values()) == {6}
     assert list((tmp_path / "half").iterdir()) == [] and [p.name for p in tmp_path.iterdir()] == ["half"]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"ranks": 2}, {"ranks": {"emb": 1, "up": 4}}, {"target": "vllm", "pad_to": 8}])
+def test_a_compiled_model_is_exported_as_the_one_inside(tmp_path, kwargs):
+    model = peft_toy()
+    compiled = torch.compile(model, backend="eager")
+    files = []
+    for i, (own, names) in enumerate([(model, model), (compiled, compiled), (compiled, model)]):
+        ranks = kwargs.get("ranks")
+        given = {"ranks": by_leaf(names, ranks)} if isinstance(ranks, dict) else {}
+        folder = export_adapter(own, tmp_path / str(i), **{**kwargs, **given})
+        files.append({p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".json", ".safetensors")})
+    assert set(files[0]) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_compiled_layers_are_written_by_the_names_of_plain_ones(tmp_path, ranks):
+    model = peft_toy()
+    expected = export_adapter(model, tmp_path / "plain", ranks=ranks) / "adapter_model.safetensors"
+    model.base_model.model.up = torch.compile(model.base_model.model.up, backend="eager")
+    found = export_adapter(model, tmp_path / "compiled", ranks=ranks) / "adapter_model.safetensors"
+    assert found.read_bytes() == expected.read_bytes()
+
+
+def test_factors_by_the_names_of_a_compiled_model(tmp_path):
+    model = peft_toy()
+    compiled = torch.compile(model, backend="eager")
+    expected = None
+    for own in (model, compiled):
+        factors = {p.name: (torch.eye(6).double(), torch.diag(torch.arange(1.0, 7)).double())
+                   for p in find_lora_pairs(own)}  # fmt: skip
+        found = outputs(loaded(export_adapter(own, tmp_path / "x", ranks=3, basis="balanced", factors=factors)))
+        expected = found if expected is None else expected
+        assert torch.equal(found, expected)
+    assert not torch.equal(expected, outputs(model))
+
+
+def test_a_file_without_tensors_is_not_written(tmp_path):
+    """PEFT selects by name, and where none fits it writes an empty file."""
+
+    def renamed(module, state, *_):
+        for name in [name for name in state if "lora_" in name]:
+            state[name.replace("lora_", "low_rank_")] = state.pop(name)
+
+    model = peft_toy()
+    handle = model.register_state_dict_post_hook(renamed)
+    with pytest.raises(ValueError, match="must have the tensors of adapter 'default' in its state_dict"):
+        export_adapter(model, tmp_path / "x")
+    assert list((tmp_path / "x").iterdir()) == []
+    handle.remove()
+    assert torch.equal(outputs(loaded(export_adapter(model, tmp_path / "x"))), outputs(model))

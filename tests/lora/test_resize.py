@@ -205,6 +205,30 @@ def test_errors_change_nothing():
         resize_adapter(model, by_leaf(model, {"up": 3}))
 
 
+def test_a_merged_pair_is_not_resized_and_unmerges_to_what_it_was():
+    model = peft_toy()
+    before, name = outputs(model), find_lora_pairs(model)[1].name
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"up cannot be resized while it is merged: .* unmerge_adapter\(\)"):
+        resize_adapter(model, {name: 3})
+    assert set(ranks_of(model).values()) == {6}
+    model.unmerge_adapter()
+    # W + s B A − s B A in float64: a few roundings of outputs of order 100
+    torch.testing.assert_close(outputs(model), before, rtol=1e-12, atol=1e-11)
+    resize_adapter(model, {name: 3})
+    assert set(ranks_of(model).values()) == {3, 6} and not torch.allclose(outputs(model), before)
+
+
+def test_an_adapter_that_is_not_merged_is_resized_beside_one_that_is():
+    model = peft_toy()
+    model.add_adapter("b", config(target_modules=["up"]))
+    model.double().merge_adapter(["default"])
+    with pytest.raises(ValueError, match="while it is merged"):
+        resize_adapter(model, {p.name: 3 for p in find_lora_pairs(model, "default")})
+    resize_adapter(model, {p.name: 3 for p in find_lora_pairs(model, "b")})
+    assert ranks_of(model, "b") == {"up": 3} and set(ranks_of(model, "default").values()) == {6}
+
+
 def test_an_init_that_moved_the_base_is_told():
     model = get_peft_model(Toy().float(), config(target_modules=["up"], init_lora_weights="pissa"))
     with pytest.warns(UserWarning, match="pissa"):

@@ -6,7 +6,10 @@ import models
 import pytest
 import torch
 from gora_models import published
+from situations_kit import build, steps
 from torch.nn.parallel import DistributedDataParallel
+
+from curvopt import GoRAInit
 
 FIT = {"rank": 3, "min_rank": 1, "max_rank": 4, "calibration_steps": 2}
 
@@ -118,6 +121,40 @@ def test_no_base_weight_is_noticed_before_the_calibration():
     model.first.base.weight = torch.nn.Parameter(torch.zeros(3, 3), requires_grad=False)
     with pytest.raises(ValueError, match=r"importance must be 'frobenius', .* where no base weight is found \(first\)"):
         published(model, **FIT)
+
+
+class NoWeight(torch.nn.Linear):
+    """Keeps its weight packed, as quantized layers do that PEFT cannot dequantize."""
+
+    def pack(self):
+        self.packed = self.weight.detach()
+        del self.weight
+        return self
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.packed, self.bias)
+
+
+def test_a_peft_base_without_a_weight_is_noticed_before_the_calibration():
+    model = build(0)
+    settings = {"start": "gora", "rank": 4}
+    layer = model.base_model.model[0]
+    layer.base_layer = NoWeight(8, 8).double()
+    GoRAInit(model, allocation="exact", **settings).remove_hooks()
+    layer.base_layer.pack()
+    with pytest.raises(ValueError, match=r"importance must be 'frobenius', .* where no base weight is found \(.*0\)"):
+        GoRAInit(model, allocation="exact", **settings)
+    assert models.hooks(model) == 0
+    GoRAInit(model, allocation="uniform", **settings)  # which reads no weight
+
+
+def test_a_base_that_loses_its_weight_during_the_calibration_is_named():
+    model = build(0)
+    optimizer = GoRAInit(model, start="gora", allocation="exact", rank=4, calibration_steps=1)
+    layer = model.base_model.model[0]
+    layer.base_layer = NoWeight(8, 8).double().pack()
+    with pytest.raises(ValueError, match=r"model\.0: no base weight of 8 × 8 entries \(found none\)"):
+        steps(model, optimizer)
 
 
 def test_then_must_return_an_optimizer():

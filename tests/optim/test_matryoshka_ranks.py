@@ -174,6 +174,16 @@ def test_export_of_one_adapter_of_two(tmp_path):
         assert models.loss(twin, 3).item() == pytest.approx(models.loss(model, 3).item(), rel=1e-5)  # float32
 
 
+def test_export_of_a_compiled_model_is_that_of_the_one_inside(tmp_path):
+    model = models.llama(torch.float64, start="random")
+    files = []
+    for own in (model, torch.compile(model, backend="eager")):
+        folder = MatryoshkaScaledAdam(own, lr=1e-2).export(tmp_path / str(len(files)), 2)
+        files.append((folder / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert models.loss(loaded(model, folder), 3).item() != models.loss(model, 3).item()
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 REFUSED = [

@@ -1,11 +1,16 @@
 """GoRAInit where loops are not plain: dropped batches, several backward passes, schedulers, half precision."""
 
+import copy
+import re
+
 import pytest
 import torch
 from gora_models import published
-from situations_kit import X, Y, build, loss, weights
+from situations_kit import X, Y, build, loss, steps, weights
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+
+from curvopt import GoRAInit, find_lora_pairs
 
 SET = {"rank": 3, "min_rank": 1, "max_rank": 6, "calibration_steps": 2}
 DROPS = {
@@ -244,3 +249,200 @@ def test_groups_hold_nothing_internal_and_old_states_load():
         again = published(build(0), **{**SET, "calibration_steps": 3})
         again.load_state_dict(state)
         assert again.diagnostics()["steps"] == 1 and "clock" not in again.param_groups[0]
+
+
+# ---------------------------------------------------------------------------------------------- no hook is called
+
+
+class Fused(nn.Module):
+    """Computes what the model does, without calling its layers: no hook of theirs runs."""
+
+    def __init__(self, model, around=("0", "2")):
+        super().__init__()
+        self.model, self.around = model, around
+
+    def forward(self, x):
+        for name, layer in self.model.base_model.model.named_children():
+            x = layer.forward(x) if name in self.around else layer(x)
+        return x
+
+
+def compiled_before(model):
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    loss(compiled).backward()
+    model.zero_grad()
+    return compiled
+
+
+@pytest.mark.parametrize("kind", ["gora", "whitened"])
+@pytest.mark.parametrize(
+    ("around", "layers"),
+    [(Fused, 2), (lambda model: Fused(model, ("2",)), 1), (compiled_before, 2)],
+    ids=["fused", "one of two", "compiled before"],
+)
+def test_a_forward_that_bypasses_the_layers_ends_in_an_error_that_says_so(around, layers, kind):
+    model = build(0)
+    forward = around(model)
+    optimizer = published(model, **{**SET, **KINDS[kind]})
+    before = weights(model)
+    for i in range(optimizer.param_groups[0]["calibration_steps"]):
+        loss(forward).backward()
+        if i + 1 < optimizer.param_groups[0]["calibration_steps"]:
+            optimizer.step()
+    with pytest.raises(ValueError, match=f"importance must be 'grad_b' with start='gora', .*: {layers} layers .*fused"):
+        optimizer.step()
+    assert not optimizer.ready
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_after_a_reset_of_the_compiler_the_hooks_are_called():
+    model = build(0)
+    forward = compiled_before(model)
+    optimizer = GoRAInit(model, start="gora", calibration_steps=2)
+    for i in range(2):
+        if i == 1:
+            with pytest.raises(ValueError, match=r"call torch\.compiler\.reset\(\) instead"):
+                optimizer.zero_grad(), loss(forward).backward(), optimizer.step()
+            torch.compiler.reset()
+        optimizer.zero_grad(), loss(forward).backward(), optimizer.step()
+    assert optimizer.ready
+    twin = build(0)
+    plain = GoRAInit(twin, start="gora", calibration_steps=1)
+    loss(twin).backward()
+    plain.step()
+    same((optimizer.plan, weights(model)), (plain.plan, weights(twin)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("around", [Fused, compiled_before], ids=["fused", "compiled before"])
+def test_what_that_error_advises_needs_no_hooks(around):
+    same(*(calibrated_by_B(each) for each in (around, lambda model: model)))
+
+
+def calibrated_by_B(around):
+    model = build(0)
+    forward = around(model)
+    optimizer = GoRAInit(model, importance="grad_b", start="gora", calibration_steps=2)
+    for i in range(2):
+        optimizer.zero_grad()
+        loss(forward, X.roll(i, 0)).backward()
+        optimizer.step()
+    assert optimizer.ready and all(pair.B.any() for pair in optimizer.pairs)
+    return optimizer.plan, weights(model)
+
+
+@pytest.mark.parametrize("spoil", ["nan", "zero", "none"])
+def test_gradients_that_count_nothing_are_no_bypass(spoil, caplog):
+    """Not finite, or zero as those of a penalty on B alone are at the start: the calibration goes on."""
+    model = build(0)
+    optimizer = published(model, **SET)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if spoil == "zero":
+            sum(pair.B.square().sum() for pair in optimizer.pairs).backward()
+        elif spoil == "nan":
+            (torch.nan * loss(model)).backward()
+        optimizer.step()
+    assert not optimizer.ready and "none of 3 calibration steps had a finite gradient" in caplog.text
+    optimizer.zero_grad()
+    loss(model).backward()
+    optimizer.step()
+    assert optimizer.ready
+
+
+# ---------------------------------------------------------------------------------------------- edited groups
+
+
+def calibrated(edit=None, at=1, **settings):
+    """Plan and weights after calibration of one and the same batch; ``edit(optimizer)`` comes before step ``at``."""
+    model = build(0)
+    optimizer = GoRAInit(model, generator=torch.Generator().manual_seed(2), **settings)
+    for i in range(8):
+        if i == at and edit is not None:
+            edit(optimizer)
+        if not optimizer.ready:
+            steps(model, optimizer)
+    return optimizer.plan, weights(model), optimizer.diagnostics()["steps"]
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"start": "gora"}, "start must be what it was when the optimizer was made, 'whitened'"),
+        ({"start": "none"}, "start must be one of 'gora', 'whitened', 'whitened-random', got 'none'"),
+        ({"importance": "grad_b"}, "importance must be what it was when the optimizer was made, 'mean_abs'"),
+        ({"allocation": "spectrum"}, "allocation must be what it was when the optimizer was made, 'uniform'"),
+        ({"rank": 2}, "rank must be what it was when the optimizer was made, None"),
+        ({"min_rank": 2}, "min_rank must be None with allocation='uniform'"),
+        ({"resize": False}, "resize must be what it was when the optimizer was made, True"),
+        ({"offload": True}, "offload must be what it was when the optimizer was made, False"),
+        ({"calibration_steps": "x"}, "calibration_steps must be an integer ≥ 1, got 'x'"),
+        ({"calibration_steps": 1}, "calibration_steps must be at least 2"),
+        ({"convergence": 0}, "convergence must be None or a number > 0, got 0"),
+        ({"lr": -1.0}, "lr must be a number ≥ 0, got -1.0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("new", [False, True], ids=["edited", "new dict"])
+def test_edits_during_the_calibration_are_validated(edit, message, at, new):
+    """At every step until they are taken back; the result then is that of a run without."""
+
+    def spoil(optimizer):
+        model, kept = optimizer.model, dict(optimizer.param_groups[0])
+        before = weights(model)
+        if new:
+            optimizer.param_groups = [{**kept, **edit}]
+        else:
+            optimizer.param_groups[0].update(edit)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                steps(model, optimizer)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        optimizer.param_groups[0].update({key: kept[key] for key in edit})
+
+    spoiled, clean = calibrated(spoil, at), calibrated()
+    same(spoiled, clean)
+    assert spoiled[2] == clean[2] == 4
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"calibration_steps": 3}, {"calibration_steps": 6}, {"init_lr": 0.3}, {"convergence": 0.5},
+     {"keep_scaling": False}],
+    ids=str,
+)  # fmt: skip
+def test_edits_of_what_is_read_later_count(edit):
+    settings = {"start": "gora", "allocation": "exact", "rank": 2, "max_rank": 6}
+    edited = calibrated(lambda optimizer: optimizer.param_groups[0].update(edit), **settings)
+    made, plain = calibrated(**{**settings, **edit}), calibrated(**settings)
+    same(edited, made)
+    assert edited[2] == made[2]
+    assert edited[2] != plain[2] or any(not torch.equal(p, plain[1][name]) for name, p in made[1].items())
+
+
+@pytest.mark.parametrize("kind", [{"start": "gora"}, {}, {"importance": "grad_b", "start": "gora"}], ids=str)
+def test_new_group_dicts_go_on_with_the_sums(kind):
+    def renew(optimizer):
+        optimizer.param_groups = [dict(optimizer.param_groups[0])]
+
+    same(calibrated(renew, 2, **kind), calibrated(**kind), rtol=1e-12)
+
+
+def test_a_pair_that_was_unfrozen_later_is_named_as_left_out():
+    model = build(0)
+    pairs = find_lora_pairs(model)
+    for p in (pairs[1].A, pairs[1].B):
+        p.requires_grad_(False)
+    optimizer = GoRAInit(model, start="gora", calibration_steps=2)
+    assert optimizer.diagnostics()["left_out"] == [pairs[1].name]
+    for p in (pairs[1].A, pairs[1].B):
+        p.requires_grad_(True)
+    for _ in range(2):
+        assert optimizer.diagnostics()["left_out"] == [pairs[1].name]
+        steps(model, optimizer)
+    assert optimizer.ready and optimizer.diagnostics()["left_out"] == [pairs[1].name]
+    assert pairs[0].B.any() and not pairs[1].B.any()
+    assert copy.deepcopy((model, optimizer))[1].diagnostics() == optimizer.diagnostics()
+    whole = GoRAInit(build(0), start="gora")
+    assert whole.diagnostics()["left_out"] == []

@@ -247,18 +247,41 @@ class Calibration:
     # ------------------------------------------------------------------ at the end
 
     def complete(self, pairs: Sequence[LoraPair]) -> bool:
-        """Whether some step had a finite gradient in some process. ValueError if one had, but not in every layer."""
+        """Whether some step had a finite gradient in some process.
+
+        Raises:
+            ValueError: one had, but not in every layer; or B had some, but nothing passed through the layer's hook.
+        """
         if not pairs:
             raise ValueError("all adapters were frozen during the calibration: none is left to start")
         seen = self._seen_anywhere(pairs)
         reached = (seen > 0).tolist()
         never = [pair.name for pair, hit in zip(pairs, reached, strict=True) if not hit]
+        self._check_reached([pair for pair, hit in zip(pairs, reached, strict=True) if not hit])
         if never and any(reached):
             raise ValueError(
                 f"{len(never)} layers never received a finite gradient ({', '.join(never[:5])}): freeze their adapters "
                 "(requires_grad_(False)) to leave them out, and call step again"
             )
         return not never
+
+    def _check_reached(self, pairs: Sequence[LoraPair]) -> None:
+        """Raise a ValueError if gradients reached the B of such pairs in some process, and no hook was called."""
+        if not pairs or self.capture is None:
+            return
+        none = torch.zeros((), dtype=torch.bool)
+        flags = [self.capture.bypassed.get(pair, none).to(pairs[0].B.device, torch.float32) for pair in pairs]
+        total = torch.stack(flags)
+        all_reduce_sums([total], self._group)
+        around = [pair.name for pair, n in zip(pairs, total.tolist(), strict=True) if n]
+        if around:
+            raise ValueError(
+                "importance must be 'grad_b' with start='gora', which need no hooks, where the forward bypasses the "
+                f"layers, got {self.importance!r} with {self._g['start']!r}: {len(around)} layers "
+                f"({', '.join(around[:5])}) had a gradient of B, but their hooks were not called, as where a fused "
+                "forward reads their weights. Where the model was compiled and run before this optimizer was made, "
+                "call torch.compiler.reset() instead"
+            )
 
     def _seen_anywhere(self, pairs: Sequence[LoraPair]) -> Tensor:
         """Return by pair the steps of all processes whose gradients are in the sums, without those that made R."""

@@ -1,7 +1,7 @@
 """What GoRAInit's arguments may be, group by group, and which adapters it can take."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from curvopt.distributed import is_sharded, used_directions
 from curvopt.functional.ranks import ALLOCATIONS, BUDGET_WEIGHTS
 from curvopt.lora import LoraPair
-from curvopt.lora.gradients import base_layer, layer_shape
+from curvopt.lora.gradients import has_base_weight, layer_shape
 from curvopt.lora.resize import check_resize
 from curvopt.optim.checking import check, is_number, is_whole
 from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, largest_rank, plan_for, role
@@ -19,6 +19,9 @@ from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, larges
 # one budget for all groups, so they must agree on everything but the learning rate
 SHARED = ("rank", "min_rank", "max_rank", "calibration_steps", "init_lr", "importance", "allocation", "budget_weight",
           "convergence", "offload", "keep_scaling", "resize", "reset", "start", "compare")  # fmt: skip
+
+# what hooks, sketches and sums are made for
+FIXED = ("rank", "min_rank", "max_rank", "importance", "allocation", "offload", "resize", "start")
 
 
 def check_group(g: dict[str, Any]) -> None:
@@ -62,6 +65,13 @@ def _plain(value: Any) -> bool:
     return is_number(value) and not isinstance(value, Tensor)
 
 
+def check_edit(before: Mapping[str, Any], g: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a group was edited in what the calibration was made for."""
+    for name in FIXED:
+        allowed = f"what it was when the optimizer was made, {before[name]!r}: the calibration depends on it"
+        check(name, g[name], before[name] == g[name], allowed)
+
+
 def check_groups_agree(groups: Sequence[dict[str, Any]]) -> None:
     """Raise a ValueError where two groups differ in what there is one of."""
     for name in SHARED:
@@ -86,7 +96,7 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
         allowed = f"'grad_b' with start='gora' where parameters come without their model ({pair.name})"
         check("importance", g["importance"], named, allowed)
         weighed = g["importance"] == "mean_abs" and g["allocation"] in ("exact", "paper")
-        seen = not weighed or base_layer(pair) is not None
+        seen = not weighed or has_base_weight(pair)
         allowed = f"'frobenius', 'nuclear' or 'grad_b' where no base weight is found ({pair.name})"
         check("importance", g["importance"], seen, allowed)
         if g["resize"]:

@@ -93,7 +93,9 @@ class GoRAInit(PairedOptimizer):
         process_group: processes to average over; None for the default group, if there is one.
         model: the module to search when ``params`` are groups of tensors.
 
-    Adapters with a forward of their own (DoRA and other variants) and frozen ones are left as they are. Non-finite
+    Adapters with a forward of their own (DoRA and other variants) and those that are frozen when the optimizer is made
+    are left as they are; `diagnostics` names them. During the calibration, groups are read and validated at every step;
+    ranks, ``importance``, ``allocation``, ``start``, ``offload`` and ``resize`` cannot be edited. Non-finite
     gradients are dropped: with ``"grad_b"`` the whole step, otherwise only those of the layers concerned. Gradients are
     used as they are in ``.grad`` at ``step``: unscaled and clipped if the loop does so, and not used if they were
     discarded before. Σ Ḡ, of ``"gora"``, ``"exact"`` and ``"paper"``, takes 4 bytes per weight of the adapted layers,
@@ -261,8 +263,15 @@ class GoRAInit(PairedOptimizer):
         return own() if own is not None else {p.name: planned.get(p.name, p.rank) for p in self._pairs}
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return ``ready``, ``steps`` and ``dropped`` of the calibration (reads the device), and ``left_out`` pairs."""
-        treated = {pair.name for pair in self._treated()}
+        """Return ``ready``, ``steps`` and ``dropped`` of the calibration (reads the device), and ``left_out`` pairs.
+
+        Left out are pairs that get no rank and no start: variants, pairs whose B is in no group, and those that are
+        frozen or were when the optimizer was made.
+        """
+        if self._plan is None:
+            treated = {pair.name for pair in self._calibration.pairs if pair.b_trainable}
+        else:
+            treated = set(self._plan.ranks)
         return {
             "ready": self.ready,
             "steps": self._steps,
@@ -278,12 +287,15 @@ class GoRAInit(PairedOptimizer):
             if self._delegate is not None:
                 self._passed = handover.pass_on(self._delegate, self, self._passed)
             return handover.delegate_step(self._delegate, self, closure)
+        watching = self._calibration.capture
+        self._read_groups()
+        missed = closure is None and self._calibration.capture is not watching  # the hooks are new, the batch is not
         g = self.param_groups[0]
         if g["init_lr"] == "auto" and closure is None:
             raise ValueError("init_lr='auto' evaluates the loss again: call step(closure), or give a number")
         loss = self._evaluate(closure)
         with torch.no_grad():
-            if self._replaced() or (self._steps == 0 and not self._begin()):
+            if missed or self._replaced() or (self._steps == 0 and not self._begin()):
                 return loss
             self._calibration.record()
             self._steps += 1
@@ -425,6 +437,15 @@ class GoRAInit(PairedOptimizer):
 
     def _check_group(self, g: dict[str, Any]) -> None:
         checks.check_group(g)
+
+    def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
+        super()._check_edit(before, g)
+        checks.check_edit(before, g)
+
+    def _find_anew(self, before: list[LoraPair], familiar: set[Tensor]) -> None:
+        for g in self.param_groups:  # new dicts may hold other settings; all groups agree on what is fixed
+            self._check_edit(self._noted[0].settings, g)
+        super()._find_anew(before, familiar)
 
     def _check_pairs(self) -> None:
         checks.check_groups_agree(self.param_groups)
