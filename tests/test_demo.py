@@ -1,5 +1,6 @@
 """The demo end to end in its quick setting, and its complaints."""
 
+import contextlib
 import csv
 import json
 import os
@@ -191,11 +192,16 @@ def test_interrupt_during_training_is_130(cache, tmp_path):
     try:
         assert "Base model" in process.stdout.readline()
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        for _ in range(6):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+                break
+        _, err = process.communicate(timeout=10)
     finally:
         process.kill()
-    assert (process.returncode, err.strip()) == (130, "interrupted")
+    # Python drops a signal that meets a destructor, as imports of large libraries run them, and says so
+    assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted"
 
 
 def test_missing_package_is_named(monkeypatch, capsys, tmp_path):
