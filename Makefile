@@ -28,7 +28,7 @@ docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going -b html docs build/site
 
 demo: $(READY)
-	$(RUN) -m curvopt.demo
+	OMP_NUM_THREADS=1 $(RUN) -m curvopt.demo
 
 # small sizes into benchmarks/results/quick; then the tables of the texts and the plots, from the CSVs of benchmarks/results
 bench: $(READY)

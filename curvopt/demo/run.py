@@ -203,12 +203,21 @@ def save_and_reload(model: Any, run: Run, task: Task, args: argparse.Namespace) 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[work.Progress]:
-    """A rich progress bar, as a callback for steps."""
+    """A rich progress bar, as a callback for steps; where no terminal would show it, a line per quarter."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     text = TextColumn("{task.description} loss {task.fields[loss]:.3f}")
-    with Progress(text, *columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+    if not sys.stdout.isatty():
+
+        def tell(done: int, total: int, loss: float) -> None:
+            if done * 4 // total > (done - 1) * 4 // total:
+                sys.stdout.write(f"{title} {done}/{total}, loss {loss:.3f}\n")
+                sys.stdout.flush()
+
+        yield tell
+        return
+    with Progress(text, *columns, transient=True) as bar:
         row = bar.add_task(title, total=None, loss=float("nan"), visible=False)
         yield lambda done, total, loss: bar.update(row, completed=done, total=total, loss=loss, visible=True)
 
