@@ -190,7 +190,8 @@ def test_interrupt_during_training_is_130(cache, tmp_path):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code, *options], env=environment, **streams)
     try:
-        assert "Base model" in process.stdout.readline()
+        while "Base model" not in (line := process.stdout.readline()):
+            assert "Pre-training" in line
         time.sleep(1)
         for _ in range(6):
             process.send_signal(signal.SIGINT)
