@@ -100,7 +100,6 @@ class Ops:
             if on_kernels:
                 self.fallbacks.add(name)
             made = ReferencePlan(UPDATES[rule], slabs)
-        made.outer_map = outer.outer_map
         if k and on_kernels:
             like = {"dtype": compute_dtype(s.exp_avg.dtype), "device": s.exp_avg.device}
             given = [torch.zeros(shape, **like) for shape in ((1, r, r + k), (1, k), (1,), (1,))]

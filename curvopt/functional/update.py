@@ -123,22 +123,26 @@ def polar_update(slabs: Sequence[Slab], found_inf: Tensor) -> None:
         damping = id(s.damping) if isinstance(s.damping, Tensor) else s.damping
         like = (s.exp_avg.shape[s.rank_dim], compute_dtype(s.exp_avg.dtype), s.exp_avg.device)
         batches.setdefault((like, damping, s.k is None), []).append(s)
-    for batch in batches.values():  # a plan's slabs are one
-        steps, grams = [], []
-        for s in batch:
-            own = []
-            for p in _pieces([s]):
-                delta, _, _ = _adam(p, None, found_inf)
-                steps.append((p, delta))
-                own.append(rank_gram(delta, s.rank_dim))
-            grams.append(torch.cat(own))
-            if s.reduce is not None:
-                s.reduce(grams[-1])
-        ranks = [s.k for s in batch if s.k is not None]
-        # r×r work is many short calls: once for all
-        M = equalising(torch.cat(grams), batch[0].damping, torch.cat(ranks) if ranks else None)
-        for (p, delta), mine in zip(steps, M.split([len(p.params) for p, _ in steps]), strict=True):
-            apply_delta(p.params, p.hyper, left(mine, delta, p.rank_dim, out=p.spare), found_inf)
+    for batch in batches.values():
+        _polar(batch, found_inf)
+
+
+def _polar(slabs: Sequence[Slab], found_inf: Tensor) -> None:
+    """Update slabs of one rank and damping: the r×r work, many short calls, is done once for all of them."""
+    steps, grams = [], []
+    for s in slabs:
+        own = []
+        for p in _pieces([s]):
+            delta, _, _ = _adam(p, None, found_inf)
+            steps.append((p, delta))
+            own.append(rank_gram(delta, s.rank_dim))
+        grams.append(torch.cat(own))
+        if s.reduce is not None:
+            s.reduce(grams[-1])
+    ranks = [s.k for s in slabs if s.k is not None]
+    M = equalising(torch.cat(grams), slabs[0].damping, torch.cat(ranks) if ranks else None)
+    for (p, delta), own in zip(steps, M.split([len(p.params) for p, _ in steps]), strict=True):
+        apply_delta(p.params, p.hyper, left(own, delta, p.rank_dim, out=p.spare), found_inf)
 
 
 def equalising(G: Tensor, damping: float | Tensor, k: Tensor | None = None) -> Tensor:

@@ -373,10 +373,10 @@ class PairedOptimizer(torch.optim.Optimizer):
             return closure()
 
     def _live_others(self) -> dict[int, list[Tensor]]:
-        """Return by group the parameters outside pairs that have gradients."""
+        """Return by group the parameters outside pairs that have gradients; groups without any are left out."""
         others = {i: [p for p in params if p.grad is not None] for i, params in enumerate(self._others)}
         check_dense(p.grad for params in others.values() for p in params if p.grad is not None)
-        return others
+        return {i: params for i, params in others.items() if params}
 
     def _update_others(self, others: dict[int, list[Tensor]], found_inf: dict[torch.device, Tensor]) -> None:
         """AdamW on the parameters outside pairs: torch's own."""

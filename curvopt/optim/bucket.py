@@ -265,8 +265,7 @@ class Bucket:
         if addresses != self._addresses:
             self._moved_to(addresses)
         g, h = self.group, self.hyper
-        h.lr = as_scalar(g["lr"]) if isinstance(g["lr"], Tensor) else g["lr"]
-        h.eps, h.weight_decay, h.maximize = g["eps"], g["weight_decay"], g["maximize"]
+        h.lr, h.eps, h.weight_decay, h.maximize = as_scalar(g["lr"]), g["eps"], g["weight_decay"], g["maximize"]
         h.beta1, h.beta2 = g["betas"]
         if not self._plain:
             self.grads = [X for block in self.blocks for X in block.pieces(self.grads[block.rows])]
@@ -352,8 +351,7 @@ class Bucket:
 
     def tick(self) -> None:
         """Count a step with gradients, whether or not it changes anything."""
-        if self._owed:
-            self.settle()
+        self.settle()
         self.steps += 1
         self._ticks.add_(1)
 
@@ -547,11 +545,11 @@ class BucketedOptimizer(PairedOptimizer):
         if self._locator.moved(iter(idle)):
             self._follow()
             changed = self._align() or changed
-        others = self._live_others() if any(self._others) else {}
+        others = self._live_others()
         live = [b for b in self._buckets if b.live]
         for bucket in live:
             check_dense(bucket.grads)
-        any_gradient = bool(live or any(others.values()))
+        any_gradient = bool(live or others)
         if changed or not any_gradient:
             self._locator.look_after(any_gradient)
         return live, others
@@ -615,8 +613,6 @@ class BucketedOptimizer(PairedOptimizer):
             if bucket.device not in flags:
                 flags[bucket.device] = torch.zeros((), device=bucket.device)
             bucket.plan.nonfinite_(flags[bucket.device])
-        if len(flags) == 1 and not (others or self._shared_by):
-            return flags
         if self._shared_by and not flags:  # others may have gradients, and wait for this process
             flags = {p.device: torch.zeros((), device=p.device) for p in self.param_groups[0]["params"][:1]}
         return agreed(flags, [p.grad for ps in others.values() for p in ps], self._shared_by)

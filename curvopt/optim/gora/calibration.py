@@ -256,11 +256,12 @@ class Calibration:
             raise ValueError("all adapters were frozen during the calibration: none is left to start")
         seen = self._seen_anywhere(pairs)
         reached = (seen > 0).tolist()
-        never = [pair.name for pair, hit in zip(pairs, reached, strict=True) if not hit]
-        self._check_reached([pair for pair, hit in zip(pairs, reached, strict=True) if not hit])
+        never = [pair for pair, hit in zip(pairs, reached, strict=True) if not hit]
+        self._check_reached(never)
         if never and any(reached):
+            names = ", ".join(pair.name for pair in never[:5])
             raise ValueError(
-                f"{len(never)} layers never received a finite gradient ({', '.join(never[:5])}): freeze their adapters "
+                f"{len(never)} layers never received a finite gradient ({names}): freeze their adapters "
                 "(requires_grad_(False)) to leave them out, and call step again"
             )
         return not never

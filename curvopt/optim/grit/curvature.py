@@ -3,7 +3,7 @@
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -328,10 +328,3 @@ def small_state(side: Side) -> dict[str, Tensor]:
     if (side.group["reprojection"] or "").startswith("paper"):
         small["kept"] = small["rank"]
     return small | outer.small_state(side)
-
-
-def due(buckets: Iterable[Bucket], what: str) -> list[Bucket]:
-    """Return the buckets for which periodic work is to be done in this step; see `Bucket.due`."""
-    needs = {"factor_every": lambda b: "factor", "inverse_every": lambda b: rule_of(b).key}
-    reading = (b for b in buckets if what not in needs or needs[what](b) in b.state)
-    return [b for b in reading if b.due(what)]

@@ -16,7 +16,7 @@ from curvopt.optim.base import Side
 from curvopt.optim.bucket import MOMENTS, Bucket, BucketedOptimizer, on_pieces
 from curvopt.optim.checking import check
 from curvopt.optim.grit import diagnostics, outer, reproject, settings
-from curvopt.optim.grit.curvature import Curvature, Source, due, live_rank, small_state, source_of
+from curvopt.optim.grit.curvature import Curvature, Source, live_rank, rule_of, small_state, source_of
 from curvopt.optim.grit.factors import OuterFactor, PairFactors, outer_factors, rank_factors
 from curvopt.optim.nesting import MaskedPair, SampleMasks, StepDraw, sample_ranks, steps_taken
 from curvopt.optim.reordering import entangled
@@ -178,8 +178,9 @@ class GritKFAC(BucketedOptimizer):
             self._agree(found_inf)
         observed = [b for b in buckets if "factor" in b.state]  # of others nothing reads S_u and S_d
         if observed:
-            self._curvature.observe(due(observed, "factor_every"), found_inf)  # S ← S + w (zᵀz/N − S)
-            for bucket in due(observed, "inverse_every"):
+            self._curvature.observe([b for b in observed if b.due("factor_every")], found_inf)  # S ← S + w (zᵀz/N − S)
+        for bucket in observed:
+            if rule_of(bucket).key is not None and bucket.due("inverse_every"):
                 self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
         reprojected = [b for b in buckets if b.due("reproject_every")]
         if reprojected:  # gradients are those of the weights before the step
@@ -188,8 +189,7 @@ class GritKFAC(BucketedOptimizer):
             if bucket.outer_rank:
                 self._precondition(bucket, found_inf[bucket.device])  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
             bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
-        if others:
-            self._update_others(others, found_inf)
+        self._update_others(others, found_inf)
         if reprojected:
             reproject.change_basis(reprojected, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
         if self._curvature.capture.pairs:

@@ -142,8 +142,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         held = entangled(due, self._masks.pairs)  # gradients are those of the weights before the step
         for bucket in buckets:
             bucket.step(found_inf[bucket.device])  # row by row: lr Q_i, ε / Q_i
-        if others:
-            self._update_others(others, found_inf)
+        self._update_others(others, found_inf)
         if due:
             reorder(due, found_inf, held)  # A ← T A, B ← B T⁻¹
         self._draw()  # DyLoRA: Ã ← P_ρ A / s for the next ρ
