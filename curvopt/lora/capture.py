@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,11 +72,13 @@ class Store:
         sums: [2, P, r, r]: Σ uᵀu of each pair, then Σ dᵀd of each.
         index: {pair: its place}.
         n: Rows of each pair so far: numbers, or 0-d tensors where a mask counted; static: [P] float64 on the device.
+        waiting: Bytes of u and d that may wait for their products.
     """
 
     sums: Tensor
     index: dict[LoraPair, int]
     n: Any
+    waiting: int
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -84,23 +86,33 @@ class Store:
         return (self.sums.shape[-1], self.sums.dtype, self.sums.device)
 
 
-@dataclass(eq=False)
 class _Call:
-    """One forward pass of a layer: its u, and what its backward passes have brought.
+    """One forward pass of a layer: its u, and what its backward passes have brought. It is the tensor hook on u.
 
     Attributes:
-        u: (n, r); dropped once it is counted.
+        u: The output of the layer; dropped once it is counted.
+        channel: The dimension of u and d that is the rank.
         mask: Which rows are real, (n,), or None.
-        d: (n, r), what the last backward brought, while the gradient has not arrived yet.
-        counted: d as it was counted last, for backward passes to come.
+        d: What the last backward brought, while the gradient has not arrived yet.
+        counted: d as it was counted last, (n, r), for backward passes to come.
         backward: Number of the backward pass that brought d.
     """
 
-    u: Tensor | None
-    mask: Tensor | None
-    d: Tensor | None = None
-    counted: Tensor | None = None
-    backward: int = -1
+    __slots__ = ("_owner", "_record", "backward", "channel", "counted", "d", "mask", "u")
+
+    def __init__(self, owner: Any, record: Any, u: Tensor, mask: Tensor | None, channel: int) -> None:
+        self._owner, self._record, self.channel = owner, record, channel
+        self.u: Tensor | None = u
+        self.mask = mask
+        self.d: Tensor | None = None
+        self.counted: Tensor | None = None
+        self.backward = -1
+
+    def __call__(self, d: Tensor | None) -> None:
+        """Take what a backward has brought, of the shape of u with the rank in one dimension."""
+        owner, record = self._owner(), self._record()
+        if d is not None and owner is not None and record is not None:
+            owner.came(record, self, d)
 
 
 @dataclass(eq=False)
@@ -109,22 +121,28 @@ class _Record:
 
     Attributes:
         pair: The pair.
+        place: The store of its sums, and which of its pairs it is; None until it is seen.
+        like: Rank, dtype and device of the d that the place is for.
         waiting: Calls whose gradient has not arrived.
         calls: Calls counted.
         version: Of the gradient when it arrived last.
         generation: Counts dropped gradients: products that wait for an older one are void.
         at_once: Whether d counts when it comes, since no hook tells of its gradient.
+        to_a: Whether it is the gradient of A that tells; else that of B.
         passed: For each forward pass without a graph since the last `discard`, its mask and Σ u over its rows, (r,).
             Under reentrant checkpointing such a pass is computed anew in the backward, when another mask may be set.
         late: With A frozen: whether d comes after the gradient of B has arrived; None: not known yet.
     """
 
     pair: LoraPair
+    place: tuple[Store, int] | None = None
+    like: tuple[Any, ...] = ()
     waiting: list[_Call] = field(default_factory=list)
     calls: int = 0
     version: int = -1
     generation: int = 0
     at_once: bool = False
+    to_a: bool = True
     passed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     late: bool | None = None
 
@@ -145,7 +163,7 @@ class Capture:
 
     Attributes:
         pairs: The pairs, in the given order.
-        active: While False the hooks return at once. Read in the forward.
+        active: Whether passes are observed; see `watch`.
         mask: Which rows of the coming forward passes are real, (n,) float, or None for all. Layers with another
             number of rows count all of theirs. Read in the forward, of a checkpointed block in its first; gone after
             `pop` and `discard`.
@@ -174,10 +192,9 @@ class Capture:
         self.stores: list[Store] = []
         self._records = {pair: _Record(pair) for pair in self.pairs}
         self._touched: set[_Record] = set()  # since the last `discard`
-        self._places: dict[LoraPair, tuple[Store, int]] = {}
         self._waiting: list[_Product] = []
         self._waiting_bytes = 0
-        self._hooks = PairHooks()
+        self._hooks, self._arrivals = PairHooks(), PairHooks()
         self._many = world_size() > 1
         self._warned = False
 
@@ -201,14 +218,36 @@ class Capture:
             if self._hooks.stand_on(pair, now):
                 continue
             self._hooks.remove(pair)
+            self._arrivals.remove(pair)
             if module is None:
                 continue
-            me, mine = weakref.ref(self), weakref.ref(record)
-            handles = [module.register_forward_hook(_Hook(me, mine))]
             record.at_once = self._at_once or any(is_sharded(p) or not p.is_leaf for p in now[1:])
-            if not record.at_once:
-                handles += [on_arrival(p, Arrival(me, mine, p is now[1])) for p in now[1:]]
-            self._hooks.put(pair, now, handles)
+            spatial = module.weight.ndim - 2 if isinstance(module, _ConvNd) else 0
+            hook = _Hook(weakref.ref(self), weakref.ref(record), weakref.ref(pair.A), spatial)
+            self._hooks.put(pair, now, [module.register_forward_hook(hook)])
+            if self.active:
+                self.listen(record, pair.a_trainable)
+
+    def listen(self, record: _Record, to_a: bool) -> None:
+        """Let a hook tell of the gradients of A, or of those of B where A is frozen."""
+        pair, record.to_a, record.late = record.pair, to_a, None
+        self._arrivals.remove(pair)
+        if not record.at_once:
+            param = pair.A if to_a else pair.B
+            self._arrivals.put(pair, [param], [on_arrival(param, Arrival(weakref.ref(self), weakref.ref(record)))])
+
+    def watch(self, active: bool) -> None:
+        """Observe the coming passes or not; without, forward hooks return at once and nothing is kept."""
+        if active is self.active:
+            return
+        self.active = active
+        for pair, record in self._records.items():
+            if not active:
+                self._arrivals.remove(pair)
+            elif pair in self._hooks:
+                self.listen(record, pair.a_trainable)
+        if not active:
+            self.discard()
 
     @property
     def attached(self) -> bool:
@@ -218,6 +257,7 @@ class Capture:
     def remove(self) -> None:
         """Remove the hooks. The sums are kept until `pop` or `discard`."""
         self._hooks.remove_all()
+        self._arrivals.remove_all()
 
     def adopt(self, other: Capture) -> None:
         """Take over what another capture has counted, and expects, for the same pairs or parameters.
@@ -234,9 +274,9 @@ class Capture:
             record.version, record.calls = old.version, old.calls
             self._touched.add(record)
             self.fired[pair] += other.fired[old.pair]
-            if old.calls:
-                store, i = other._places[old.pair]
-                mine, j = self._places[pair] = self._new_place(pair, store.key)
+            if old.calls and old.place is not None:
+                store, i = old.place
+                mine, j = self._put(record, store.key)
                 record.calls = old.calls
                 mine.sums[:, j].copy_(store.sums[:, i])
                 mine.n[j] = store.n[i]
@@ -252,10 +292,11 @@ class Capture:
         self.flush()
         found: dict[LoraPair, Sums] = {}
         for pair in self.pairs:
-            if pair in self._places and (self._records[pair].calls or self._static):
-                store, i = self._places[pair]
+            record = self._records[pair]
+            if record.place is not None and (record.calls or self._static):
+                store, i = record.place
                 n = store.n[i].clone() if self._static else store.n[i]
-                found[pair] = Sums(store.sums[:, i].clone(), n, self._records[pair].calls)
+                found[pair] = Sums(store.sums[:, i].clone(), n, record.calls)
         self.discard()
         return found
 
@@ -303,8 +344,9 @@ class Capture:
     def prepare(self, pairs: Iterable[LoraPair]) -> None:
         """Make the sums of pairs that were not seen here: every process must have the same to add up."""
         for pair in dict.fromkeys(pairs):
-            if pair in self._records and pair not in self._places:
-                self._places[pair] = self._new_place(pair, (pair.rank, compute_dtype(pair.A.dtype), pair.A.device))
+            record = self._records.get(pair)
+            if record is not None and record.place is None:
+                self._put(record, (pair.rank, compute_dtype(pair.A.dtype), pair.A.device))
 
     def flush(self) -> None:
         """Do the products that wait, those of one store by one op."""
@@ -339,56 +381,54 @@ class Capture:
 
     # ------------------------------------------------------------------------------------------ counting
 
-    def _came(self, record: _Record, call: _Call, d: Tensor) -> None:
+    def came(self, record: _Record, call: _Call, d: Tensor) -> None:
         """Keep what a backward brought to one call until its gradient arrives."""
-        if d.requires_grad and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"a backward with create_graph=True went through {record.pair.name}: of a gradient that is "
-                'differentiated again, the statistics see the first part alone. Use statistics="gradient"',
-                UserWarning,
-                stacklevel=2,
-            )
-        call.d, call.backward = d.detach(), backward_pass()
+        if d.requires_grad:
+            d = d.detach()
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"a backward with create_graph=True went through {record.pair.name}: of a gradient that is "
+                    'differentiated again, the statistics see the first part alone. Use statistics="gradient"',
+                    UserWarning,
+                    stacklevel=3,
+                )
+        call.d, call.backward = d, backward_pass()
         if call not in record.waiting:
             record.waiting.append(call)
             self._touched.add(record)
-        if record.at_once or (record.late and not record.pair.a_trainable):
+        if record.at_once or (record.late and not record.to_a):
             self._count(record)
 
-    def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
+    def arrived(self, record: _Record, grad: Tensor) -> None:
         """Count what is kept, after its gradient was added to ``grad``; drop what an earlier gradient left.
 
         See ``curvopt.lora.hooks``.
         """
-        if of_A or not self._trains_A(record):
-            if not continues(grad, record.version, self._many):
-                self._drop(record)
-            record.version = grad._version
-            if not of_A and record.late is None:
-                record.late = not record.waiting
-            if of_A or not record.late:
-                self._count(record)
-
-    def _trains_A(self, record: _Record) -> bool:
-        """Whether the A that hooks were put on requires a gradient; to ask the pair is to look it up in the model."""
-        A = self._hooks.thing(record.pair, 1)
-        return A is not None and bool(A.requires_grad)
+        if not continues(grad, record.version, self._many):
+            self._drop(record)
+        record.version = grad._version
+        if not record.to_a and record.late is None:
+            record.late = not record.waiting
+        if not record.late:
+            self._count(record)
 
     def _count(self, record: _Record) -> None:
         """Count what this backward pass has brought; what `torch.autograd.grad` left behind stays uncounted."""
-        now = backward_pass()
+        now, later = backward_pass(), []
         for call in record.waiting:
             if call.backward == now:
                 self._take(record, call)
-        record.waiting = [call for call in record.waiting if call.backward != now]
+            else:
+                later.append(call)
+        record.waiting = later
 
     def _drop(self, record: _Record) -> None:
         """Forget what was counted for a gradient that is gone."""
         record.generation += 1
-        if record.calls:
+        if record.calls and record.place is not None:
             record.calls = 0
-            store, i = self._places[record.pair]
+            store, i = record.place
             store.sums[:, i].zero_()
             if self._static:
                 store.n[i].zero_()
@@ -397,58 +437,63 @@ class Capture:
 
     def _take(self, record: _Record, call: _Call) -> None:
         """Add one call's products to the sums."""
-        d, u, mask = call.d, call.u, call.mask
-        if d is None or d.shape[0] == 0:
+        if call.d is None or call.d.numel() == 0:
             return
-        total = d if call.counted is None else call.counted + d
-        products = [(1, total, 1.0)]
-        if call.counted is not None:
-            products.append((1, call.counted, -1.0))
+        d, before, mask = _rows(call.d, call.channel), call.counted, call.mask
+        u = None if call.u is None else _rows(call.u, call.channel)
+        if before is not None:
+            d = before + d
+        call.u, call.d, call.counted = None, None, d
+        store, i = self._place(record, d)
         if u is not None:
-            products.insert(0, (0, u, 1.0))
-        call.u, call.d, call.counted = None, None, total
-        store, i = self._place(record.pair, total)
-        if u is not None:
-            n: Any = u.shape[0] if mask is None else mask.sum()
-            store.n[i] += n
+            store.n[i] += u.shape[0] if mask is None else mask.sum()
             record.calls += 1
             self.fired[record.pair] += 1
-        limit = self._limit if self._limit is not None else WAITING if on_device(d) else 0
-        if limit > 0:
+        products = [] if u is None else [(0, u, 1.0)]
+        products.append((1, d, 1.0))
+        if before is not None:
+            products.append((1, before, -1.0))
+        if store.waiting == 0:
             for half, z, sign in products:
-                at = half * len(store.index) + i
-                self._waiting.append(_Product(record, record.generation, store, at, z, mask, sign))
-            self._waiting_bytes += sum(z.nbytes for _, z, _ in products)
-            if self._waiting_bytes > limit:
-                self.flush()
+                z = z.to(store.sums.dtype)
+                # in place: no autocast, no graph
+                store.sums[half, i].addmm_(z.T if mask is None else z.T * mask, z, alpha=sign)
             return
         for half, z, sign in products:
-            z = z.to(store.sums.dtype)
-            # in place: no autocast, no graph
-            store.sums[half, i].addmm_(z.T if mask is None else z.T * mask, z, alpha=sign)
+            at = half * len(store.index) + i
+            self._waiting.append(_Product(record, record.generation, store, at, z, mask, sign))
+            self._waiting_bytes += z.nbytes
+        if self._waiting_bytes > store.waiting:
+            self.flush()
 
-    def _place(self, pair: LoraPair, z: Tensor) -> tuple[Store, int]:
+    def _place(self, record: _Record, z: Tensor) -> tuple[Store, int]:
         """Return the store of a pair, made when the pair is first seen, or seen with another rank or dtype."""
-        found = self._places.get(pair)
-        key = (z.shape[1], compute_dtype(z.dtype), z.device)
-        if found is None or found[0].key != key:
-            found = self._places[pair] = self._new_place(pair, key)
-        return found
+        like = (z.shape[1], z.dtype, z.device)
+        if record.place is None or record.like != like:
+            record.like = like
+            self._put(record, (z.shape[1], compute_dtype(z.dtype), z.device))
+        assert record.place is not None
+        return record.place
 
-    def _new_place(self, pair: LoraPair, key: tuple[Any, ...]) -> tuple[Store, int]:
-        r, dtype, device = key
-        self._records[pair].calls = 0
-        for old in self.stores:
-            if old.key == key and pair in old.index:
-                return old, old.index[pair]
-        # all pairs of the rank that are not elsewhere, in their order: which one is seen first does not matter
-        index = {p: i for i, p in enumerate(q for q in self.pairs if q.rank == r)}
-        index.setdefault(pair, len(index))
-        P = len(index)
-        n: Any = torch.zeros(P, dtype=torch.float64, device=device) if self._static else [0] * P
-        store = Store(torch.zeros(2, P, r, r, dtype=dtype, device=device), index, n)
-        self.stores.append(store)
-        return store, index[pair]
+    def _put(self, record: _Record, key: tuple[Any, ...]) -> tuple[Store, int]:
+        """Give a pair a place among the sums of its rank, dtype and device."""
+        if record.place is not None and record.place[0].key == key:
+            return record.place
+        pair, record.calls = record.pair, 0
+        store = next((s for s in self.stores if s.key == key and pair in s.index), None)
+        if store is None:
+            r, dtype, device = key
+            # all pairs of the rank that are not elsewhere, in their order: which one is seen first does not matter
+            index = {p: i for i, p in enumerate(q for q in self.pairs if q.rank == r)}
+            index.setdefault(pair, len(index))
+            P = len(index)
+            n: Any = torch.zeros(P, dtype=torch.float64, device=device) if self._static else [0] * P
+            sums = torch.zeros(2, P, r, r, dtype=dtype, device=device)
+            waiting = self._limit if self._limit is not None else WAITING if on_device(sums) else 0
+            store = Store(sums, index, n, waiting)
+            self.stores.append(store)
+        record.place = store, store.index[pair]
+        return record.place
 
 
 @dataclass(eq=False, slots=True)
@@ -468,45 +513,48 @@ class _Product:
 
 
 class _Hook(Watch):
-    """Stands on the module that computes u."""
+    """Stands on the module that computes u.
+
+    Args:
+        owner: As in `Watch`.
+        record: As in `Watch`.
+        A: Weak reference to its weight.
+        spatial: How many dimensions of u come after the rank: those of a convolution's positions.
+    """
+
+    def __init__(self, owner: Any = None, record: Any = None, A: Any = None, spatial: int = 0) -> None:
+        super().__init__(owner, record)
+        self._A, self._spatial = A, spatial
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        capture, record = self.alive()
-        if capture is None or record is None or not capture.active or not isinstance(output, Tensor):
+        if self._owner is None:
             return None
-        if not (module.weight.requires_grad or record.pair.b_trainable):
+        capture = self._owner()
+        if capture is None or not capture.active or not isinstance(output, Tensor):
             return None
-        channel = _channel(module, output)
+        record, A = self._record(), self._A()
+        if record is None:
+            return None
+        trains_A = A is not None and A.requires_grad
+        if not (trains_A or record.pair.b_trainable):
+            return None
+        channel = output.ndim - 1 - self._spatial
         if not torch.is_grad_enabled():
             if capture.mask is not None and module.training:
                 capture.passed(record, _rows(output.detach(), channel))
             return None
-        watched = output
+        if trains_A is not record.to_a:
+            capture.listen(record, trains_A)
+        watched, u = output, output.detach()
         if not output.requires_grad:
             # A frozen A on an input without gradient: the backward would not come by otherwise.
             watched = output.detach().requires_grad_()
+        mask = None
+        if record.passed or capture.mask is not None:
+            mask = capture.mask_of(record, _rows(u, channel))
         # the backward of B needs u too, so that holding it costs nothing (but r numbers a row under checkpointing)
-        u = _rows(output.detach(), channel)
-        call = _Call(u, capture.mask_of(record, u) if record.passed or capture.mask is not None else None)
-        watched.register_hook(_brought(weakref.ref(capture), weakref.ref(record), call, channel))
+        watched.register_hook(_Call(weakref.ref(capture), weakref.ref(record), u, mask, channel))
         return None if watched is output else watched
-
-
-def _brought(capture: Any, record: Any, call: _Call, channel: int) -> Callable[[Tensor | None], None]:
-    """Return the tensor hook on u: the backward has brought d, of the shape of u with the rank in one dimension."""
-
-    def hook(d: Tensor | None) -> None:
-        owner, own = capture(), record()
-        if d is not None and owner is not None and own is not None:
-            owner._came(own, call, _rows(d, channel))
-
-    return hook
-
-
-def _channel(module: nn.Module, output: Tensor) -> int:
-    """The dimension of the output that is the rank: the last, but the channels of a convolution."""
-    spatial = module.weight.ndim - 2 if isinstance(module, _ConvNd) else 0
-    return output.ndim - 1 - spatial
 
 
 def _rows(signal: Tensor, channel: int) -> Tensor:

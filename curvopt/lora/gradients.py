@@ -222,7 +222,7 @@ class BaseGradients:
         if not record.at_once and not record.pair.B.is_leaf:
             record.land()
 
-    def arrived(self, record: _Record, grad: Tensor, of_A: bool) -> None:
+    def arrived(self, record: _Record, grad: Tensor) -> None:
         """Take in what came in this backward pass; forget what an earlier gradient left."""
         held = local(grad)  # a detached DTensor would have another version counter
         if not continues(held, record.version, record.at_once or world_size(self._group) > 1):

@@ -47,14 +47,13 @@ class PairHooks:
     def __bool__(self) -> bool:
         return bool(self._handles)
 
+    def __contains__(self, pair: Any) -> bool:
+        return pair in self._on
+
     def stand_on(self, pair: Any, things: Sequence[Any]) -> bool:
         """Whether the hooks of a pair stand on these very objects."""
         on = self._on.get(pair)
         return on is not None and len(on) == len(things) and all(a is b() for a, b in zip(things, on, strict=True))
-
-    def thing(self, pair: Any, i: int) -> Any:
-        """Return the i-th object that the hooks of a pair stand on; None if it is gone."""
-        return self._on[pair][i]()
 
     def put(self, pair: Any, things: Sequence[Any], handles: list[RemovableHandle]) -> None:
         """Note the hooks of a pair, and the objects they stand on."""
@@ -79,23 +78,13 @@ def _remove_all(handles: dict[Any, list[RemovableHandle]]) -> None:
 
 
 class Arrival(Watch):
-    """Stands on A or B: its gradient has been added to ``.grad``, and the owner's ``arrived`` is called.
-
-    Args:
-        owner: As in `Watch`.
-        record: As in `Watch`.
-        of_A: Whether the parameter is A.
-    """
-
-    def __init__(self, owner: Any = None, record: Any = None, of_A: bool = False):
-        super().__init__(owner, record)
-        self._of_A = of_A
+    """Stands on A or B: its gradient has been added to ``.grad``, and the owner's ``arrived`` is called."""
 
     def __call__(self, param: Tensor) -> None:
         """Tell the owner."""
         owner, record = self.alive()
         if owner is not None and record is not None and param.grad is not None:
-            owner.arrived(record, param.grad, self._of_A)
+            owner.arrived(record, param.grad)
 
 
 def on_arrival(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:

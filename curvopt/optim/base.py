@@ -3,8 +3,8 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Any, TypeVar
 
 import torch
@@ -70,16 +70,16 @@ class Noted:
         group: the dict itself.
         params: its parameters.
         settings: its hyper-parameters.
-        ids: who they are: of the dict and of its parameters, which this keeps alive.
     """
 
     group: dict[str, Any]
     params: list[Tensor]
     settings: dict[str, Any]
-    ids: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.ids = [id(self.group), *map(id, self.params)]
+    def stands_for(self, group: dict[str, Any]) -> bool:
+        """Whether a group is this very dict with these very parameters."""
+        now = group["params"]
+        return group is self.group and len(now) == len(self.params) and all(map(is_, now, self.params))
 
 
 class PairedOptimizer(torch.optim.Optimizer):
@@ -304,7 +304,7 @@ class PairedOptimizer(torch.optim.Optimizer):
     def _read_groups(self) -> None:
         """Bring pairs and settings in line with what stands in ``param_groups`` now. Usually nothing has changed."""
         groups, noted = self.param_groups, self._noted
-        if [[id(g), *map(id, g["params"])] for g in groups] != [was.ids for was in noted]:
+        if len(groups) != len(noted) or not all(was.stands_for(g) for g, was in zip(groups, noted, strict=True)):
             self._reindex()
             return
         edited = [

@@ -243,10 +243,10 @@ def test_what_has_no_backward_leaves_nothing():
     with torch.inference_mode():
         model(x)
     model(x)
-    capture.active = False
+    capture.watch(False)
     model(x).sum().backward()
     assert capture.pop() == {} and sum(capture.fired.values()) == 0
-    capture.active = True
+    capture.watch(True)
     model(x).sum().backward()
     assert sum(capture.fired.values()) == 1
 

@@ -88,7 +88,7 @@ class Curvature:
         """End a step: hooks run only on the way to a step that will observe, or may have to, and the mask is gone."""
         made = sum(len(b.sides) for b in buckets)
         ahead = (b for b in buckets if b.traits.hooks)
-        self.capture.active = made < len(sides) or any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
+        self.capture.watch(made < len(sides) or any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead))
         self.capture.mask = None
 
     # ------------------------------------------------------------------ observing
