@@ -45,6 +45,7 @@ bench-full: $(READY)
 	$(RUN) benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/quality.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/ablations.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/cadence.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/gora_starts.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/ladders.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/spectra.py

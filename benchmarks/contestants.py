@@ -55,11 +55,12 @@ def grit(**options: Any) -> Callable[[Task, nn.Module, float, int], Optimizers]:
     return make
 
 
-def grit_ranks(tau: float, looks: int = 6) -> Callable[[Task, nn.Module, float, int], Optimizers]:
-    """GritKFAC that adapts ranks, with so many looks at them in a run."""
+def grit_ranks(tau: float, looks: int = 6, **options: Any) -> Callable[[Task, nn.Module, float, int], Optimizers]:
+    """GritKFAC with options that adapts ranks, with so many looks at them in a run."""
 
     def make(task: Task, model: nn.Module, lr: float, steps: int) -> Optimizers:
-        return grit(reproject_every=max(1, steps // looks), rank_threshold=tau, min_rank=1)(task, model, lr, steps)
+        every = max(1, steps // looks)
+        return grit(reproject_every=every, rank_threshold=tau, min_rank=1, **options)(task, model, lr, steps)
 
     return make
 

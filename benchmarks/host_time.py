@@ -12,7 +12,8 @@ addresses, preparing arguments. Times are this process's on one core, so that ot
 - ``passes``: the same, each step after a forward and backward of its own, which leave new gradients, u and d, and
   little of the optimizer in the processor's caches.
 - ``hooks``: the ratio of forward and backward with the hooks of ``statistics="activation"`` to the same without, of a
-  Llama of width 64 with 24 blocks, 168 pairs and 8 tokens, which is bound by the host as much as any.
+  Llama of width 64 with 24 blocks, 168 pairs and 8 tokens, which is bound by the host as much as any: over the whole
+  cadence of the default, which observes one step in ten, and where every step is observed.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch import nn
 
 from curvopt import GritKFAC, MatryoshkaScaledAdam, ops
 from curvopt.lora import capture
+from curvopt.optim import bucket
 
 KEY = ("part", "optimizer", "pairs", "r", "d")
 CONTESTANTS = {
@@ -126,23 +128,27 @@ def hooks(args: argparse.Namespace) -> Iterator[Row]:
     )  # fmt: skip
     x = torch.randint(256, (1, 8), generator=torch.Generator().manual_seed(0))
 
-    def work(hooked: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def work(options: dict[str, Any] | None) -> tuple[Callable[[], Any], Callable[[], Any]]:
         torch.manual_seed(0)
         config = LoraConfig(r=args.r, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(LlamaForCausalLM(shape), config)
-        optimizer = GritKFAC(model, lr=0.0, statistics="activation") if hooked else torch.optim.SGD(model.parameters())
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        if options is not None:
+            optimizer = GritKFAC(model, lr=0.0, statistics="activation", **options)
 
-        def before() -> None:  # what waits is let go of, as a step does
+        def before() -> None:
+            optimizer.step()
             optimizer.zero_grad()
 
         return before, lambda: model(input_ids=x, labels=x).loss.backward()
 
-    with as_on_a_device():
-        works = {"hooks": work(True), "none": work(False)}
-        times = interleave(works, 3 if args.quick else 2 * args.rounds, 3, clock=time.process_time)
-    found = {**summary(times["hooks"]), **ratios(times, "hooks", "none"), "launches": 0}
-    yield {"part": "hooks", "optimizer": "GritKFAC polar, activations", "pairs": 7 * blocks, "r": args.r, "d": 64,
-           **found, **stamp("cpu")}  # fmt: skip
+    names = {"GritKFAC polar, activations": {}, "GritKFAC polar, activations at every step": {"factor_every": 1}}
+    with as_on_a_device(), mock.patch.object(bucket, "_at_hand", lambda flag: False):
+        works = {name: work(options) for name, options in {**names, "none": None}.items()}
+        times = interleave(works, 3 if args.quick else args.rounds, 10, clock=time.process_time)
+    for name in names:
+        found = {**summary(times[name]), **ratios(times, name, "none"), "launches": 0}
+        yield {"part": "hooks", "optimizer": name, "pairs": 7 * blocks, "r": args.r, "d": 64, **found, **stamp("cpu")}
 
 
 PARTS = {"step": steps, "passes": functools.partial(steps, part="passes"), "hooks": hooks}

@@ -10,6 +10,8 @@ import re
 import statistics
 from collections.abc import Callable
 
+from cadence import CONTESTANTS as CADENCES
+from cadence import EVERY_STEP
 from contestants import CHOICES, CONTESTANTS
 from findings import BASE, HIDDEN, Runs, exponent, number, shown, step_times
 from harness import RESULTS, Row, read_csv, table
@@ -20,7 +22,7 @@ from training import SEARCH_SEED
 ROOT = RESULTS.parents[1]
 TEXTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "kernels", "outer-factors", "gora")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "kernels", "outer-factors", "gora", "settings")),
 )
 MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHORTER = (0.8, 0.7, 0.6)
@@ -260,6 +262,19 @@ def ablation_table() -> list[Row]:
     return lines
 
 
+def cadence_table() -> list[Row]:
+    """Return a line a reader of S_u and S_d: Δ test loss of observing one step in ten to observing every step."""
+    runs = Runs(RESULTS / "cadence.csv")
+    lines = []
+    for name in (n for n in CADENCES if n + EVERY_STEP in CADENCES):
+        line: Row = {"observed at one step in ten": name}
+        for task in runs.tasks():
+            base, own = runs.best(task, name + EVERY_STEP), runs.best(task, name)
+            line[task] = shown([own[s]["test"] - base[s]["test"] for s in own if s in base], sign=True)
+        lines.append(line)
+    return lines
+
+
 def step_time_table(part: str, where: str) -> list[Row]:
     """Return a line an optimizer, a column a place: the ratio to fused AdamW."""
     rows = step_times(part)
@@ -370,6 +385,7 @@ def main() -> None:
         "parameters": lambda: parameters_table(runs),
         **{f"task {task}": lambda task=task: task_table(runs, task) for task in runs.tasks()},
         "ablations": ablation_table,
+        "cadence": cadence_table,
         "step time, few pairs": lambda: step_time_table("blocks", "d"),
         "step time, models": lambda: step_time_table("models", "model"),
         "step time, split": lambda: step_time_table("split", "pairs"),

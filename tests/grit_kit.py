@@ -17,8 +17,9 @@ WIDE = {"width": 12, "r": 6}
 
 
 def rank_side(*args, **settings):
-    """GritKFAC with the r×r factors alone, observed by activations, at the betas of torch's AdamW."""
-    return GritKFAC(*args, **{"statistics": "activation", "outer_rank": 0, "betas": (0.9, 0.999), **settings})
+    """GritKFAC with the r×r factors alone, observed by activations at every step, at the betas of torch's AdamW."""
+    own = {"statistics": "activation", "outer_rank": 0, "betas": (0.9, 0.999), "factor_every": 1}
+    return GritKFAC(*args, **{**own, **settings})
 
 
 def observed_backward(model, i, rows=6):

@@ -20,7 +20,8 @@ from curvopt import GoRAInit, GritKFAC, MatryoshkaScaledAdam
 
 NAN = float("nan")
 # every cadence falls into a run of six steps, and ranks move
-MOVING = {"inverse_every": 2, "reproject_every": 3, "rank_threshold": 0.9, "min_rank": 1, "weight_decay": 0.1}
+MOVING = {"factor_every": 1, "inverse_every": 2, "reproject_every": 3, "rank_threshold": 0.9, "min_rank": 1,
+          "weight_decay": 0.1}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def freeze_idle(model: nn.Module) -> None:
 
 def grit(model: nn.Module) -> GritKFAC:
     """What GoRAInit hands over to."""
-    return GritKFAC(model, lr=1e-2, statistics="activation", inverse_every=2)
+    return GritKFAC(model, lr=1e-2, statistics="activation", factor_every=1, inverse_every=2)
 
 
 # it has no learning rate of its own, takes all trainable adapters at once, and with the handover come new hooks

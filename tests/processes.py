@@ -175,7 +175,8 @@ def counted(monkeypatch: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- what is sharded
 
 # masks fall, grow back, and everything changes its basis within a dozen steps
-ALL = {"inverse_every": 3, "reproject_every": 4, "rank_threshold": 0.9, "min_rank": 1, "weight_decay": 0.1}
+ALL = {"factor_every": 1, "inverse_every": 3, "reproject_every": 4, "rank_threshold": 0.9, "min_rank": 1,
+       "weight_decay": 0.1}  # fmt: skip
 
 
 def odd(dtype):

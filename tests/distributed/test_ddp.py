@@ -15,7 +15,8 @@ from curvopt.distributed import all_reduce_grams, all_reduce_sums, local, world_
 
 STEPS = range(10)
 ROUNDING = 1e-4
-ALL = {"inverse_every": 3, "reproject_every": 4, "rank_threshold": 0.9, "min_rank": 1, "weight_decay": 0.1}
+ALL = {"factor_every": 1, "inverse_every": 3, "reproject_every": 4, "rank_threshold": 0.9, "min_rank": 1,
+       "weight_decay": 0.1}  # fmt: skip
 UNEVEN = {2: (1, 7), 4: (1, 2, 2, 3)}
 
 

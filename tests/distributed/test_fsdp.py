@@ -35,7 +35,8 @@ SCENARIOS = {
     # masks are other ones in every process; the order of the directions is by weights, or by factors
     "nested-64": (odd64, {"nested_ranks": (1, 2), "full_share": 1.0, "reproject_every": 2}, False),
     "nested-factors-64": (
-        odd64, {"nested_ranks": (1, 2), "full_share": 1.0, "reproject_every": 2, "statistics": "activation"}, True,
+        odd64, {"nested_ranks": (1, 2), "full_share": 1.0, "reproject_every": 2, "statistics": "activation",
+                "factor_every": 1}, True,
     ),
     "mixed-64": (mixed64, ALL, False),
     "mixed-weight-64": (mixed64, {"statistics": "weight", "update": "momentum", **ALL}, True),

@@ -261,7 +261,7 @@ def test_one_process_s_nan_stops_all(found, size):
 @sizes
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_sent(found, name, size):
-    every = {"factor_every": 1, "reproject_every": 0, **BYTES[name]}
+    every = {"factor_every": 10, "reproject_every": 0, **BYTES[name]}
     for process in found[:size]:
         counts, said = process["bytes", name, size]
         for i, count in enumerate(counts):

@@ -60,7 +60,7 @@ RUNS = [(name, size) for name in SCENARIOS for size in processes.SIZES if size =
 
 def calibrated(model, kwargs, group=None):
     """Calibrate, then train with GritKFAC."""
-    then = partial(GritKFAC, lr=3e-3, reproject_every=2, eps=1e-6, process_group=group)
+    then = partial(GritKFAC, lr=3e-3, factor_every=1, reproject_every=2, eps=1e-6, process_group=group)
     return published(model, **{**SMALL, **kwargs}, process_group=group, then=then)
 
 

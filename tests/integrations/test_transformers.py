@@ -173,7 +173,7 @@ def test_other_optimizers_are_left_in_peace(tmp_path):
 def padded_run(folder, pad, **kwargs):
     """Three steps on rows of ten tokens, each followed by ``pad`` tokens of padding."""
     model = models.llama(torch.float64, start="random")
-    optimizer = GritKFAC(model, lr=1e-2, statistics="activation", update="eigen", inverse_every=1)
+    optimizer = GritKFAC(model, lr=1e-2, statistics="activation", update="eigen", factor_every=1, inverse_every=1)
     rows = []
     for entry in DATA[:6]:
         ids = torch.cat([entry["input_ids"], torch.zeros(pad, dtype=torch.int64)])
@@ -204,7 +204,7 @@ def test_control_padding_counts_where_nobody_says_so(tmp_path):
 
 def test_padding_by_hand_in_any_loop():
     model = models.llama()
-    optimizer = GritKFAC(model, statistics="activation")
+    optimizer = GritKFAC(model, statistics="activation", factor_every=1)
     handle = mask_padding(model, optimizer)
     ids = models.llama_ids(0)
     model(input_ids=ids, labels=ids, attention_mask=torch.tensor([[1] * 10, [1] * 4 + [0] * 6])).loss.backward()

@@ -63,7 +63,9 @@ def test_bf16_follows_float32():
     losses, rows = [], []
     for precision in ("no", "bf16"):
         accelerate, model, optimizer, scheduler = started(
-            lambda model: GritKFAC(model, lr=1e-2, statistics="activation"), torch.float32, mixed_precision=precision
+            lambda model: GritKFAC(model, lr=1e-2, statistics="activation", factor_every=1),
+            torch.float32,
+            mixed_precision=precision,
         )
         losses.append(loop(accelerate, model, optimizer, scheduler, 6))
         rows.append({pair.get("rows") for pair in optimizer.optimizer.diagnostics()["pairs"].values()})

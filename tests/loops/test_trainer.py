@@ -79,7 +79,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
         model = llama()
         if on:
             model.enable_input_require_grads()
-        optimizer = GritKFAC(model, lr=1e-2, statistics="activation", inverse_every=2)
+        optimizer = GritKFAC(model, lr=1e-2, statistics="activation", factor_every=1, inverse_every=2)
         kwargs = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
         trainer(tmp_path, model, optimizer, **(kwargs if on else {})).train()
         assert not on or model.base_model.model.model.gradient_checkpointing

@@ -89,7 +89,7 @@ def test_a_reordering_keeps_the_adapter_and_carries_the_moments(rule, statistics
 def test_with_factors_the_basis_is_the_balanced_one_and_masks_count_once():
     """S_u is of all of u, S_d of what the masks let through; after the reordering both are one diagonal."""
     model = models.mlp(**WIDE)
-    optimizer = GritKFAC(model, **{**NESTED, "reproject_every": 0}, statistics="activation")
+    optimizer = GritKFAC(model, **{**NESTED, "reproject_every": 0}, statistics="activation", factor_every=1)
     models.fit(model, optimizer, 2)
     optimizer.zero_grad()
     x, _ = models.batch(model, 2)

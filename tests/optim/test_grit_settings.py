@@ -78,7 +78,7 @@ def test_every_setting_is_read_at_every_step():
         "eps": 1e-3,
     }
     for key, value in edits.items():
-        base = {"lr": 1e-2, "update": "adam", "inverse_every": 3}
+        base = {"lr": 1e-2, "update": "adam", "factor_every": 1, "inverse_every": 3}
         model = models.mlp()
         optimizer = GritKFAC(model, **base)
         models.fit(model, optimizer, 2)

@@ -29,7 +29,7 @@ def test_factors_are_the_second_moments_of_u_and_of_N_d(sides, decay, every, dro
         for j, pair in enumerate(optimizer.pairs[:3]):
             for got, which in zip(factors(optimizer, pair), (0, 1), strict=True):
                 assert got.dtype == torch.float64
-                expected = oracles.average([seen[j][which] for seen in history], decay)
+                expected = oracles.average([seen[j][which] for seen in history], decay**every)
                 torch.testing.assert_close(got, expected, **EXACT)
     rows = sum(3 * (4 + i) for i in range(0, 7, every))
     for p in (optimizer.pairs[0].A, optimizer.pairs[0].B):

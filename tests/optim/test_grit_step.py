@@ -153,7 +153,8 @@ class Loop:
                 self._observe(layer, u_and_d)
             for name, p in (("A", layer.lora_A.weight), ("B", layer.lora_B.weight)):
                 which = {"A": "d", "B": "u"}[name] if self.sides == "kfac" else {"A": "u", "B": "d"}[name]
-                S = oracles.average(self.seen[layer, which], 0.0 if self.statistics == "weight" else self.decay)
+                decay = 0.0 if self.statistics == "weight" else self.decay**self.factor_every
+                S = oracles.average(self.seen[layer, which], decay)
                 rank_first = p if name == "A" else p.T
                 gradient = p.grad if name == "A" else p.grad.T
                 adam = self._adam((layer, name), rank_first.shape)

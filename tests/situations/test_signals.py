@@ -159,14 +159,49 @@ def test_zero_gradients_of_an_idle_adapter_are_no_silence():
             optimizer.step()
 
 
-def test_a_fused_forward_is_told_of():
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_fused_forward_is_told_of_in_the_third_step(every):
+    """Also where the second observation is far away."""
     model = build()
-    optimizer = rank_side(model, lr=1e-2)
+    optimizer = rank_side(model, lr=1e-2, factor_every=every)
     with pytest.warns(UserWarning, match="2 pairs received gradients but their activations were never seen"):
-        for _ in range(4):
+        for _ in range(3):
             for p in model.parameters():
                 p.grad = torch.ones_like(p) if p.requires_grad else None
             optimizer.step()
+
+
+def test_hooks_are_idle_between_observations():
+    """One step in three observes: only there a hook tells of the gradient of A, or of B where A is frozen."""
+    model = build()
+    optimizer = rank_side(model, lr=1e-2, factor_every=3)
+    first, second = optimizer.pairs[:2]
+    second.A.requires_grad_(False)
+    told, rows = [], []
+    for _ in range(6):
+        optimizer.zero_grad()
+        value = loss(model)
+        told.append([len(p._post_accumulate_grad_hooks or ()) for p in (first.A, first.B, second.A, second.B)])
+        value.backward()
+        optimizer.step()
+        rows.append([int(optimizer.state[p]["rows"]) for p in (first.A, second.B)])
+    assert told == [[1, 0, 0, 1], [0] * 4, [0] * 4] * 2
+    assert rows == [[32, 32]] * 3 + [[64, 64]] * 3
+
+
+def test_a_matrix_unfrozen_between_observations_is_observed_a_step_later():
+    model = build()
+    optimizer = rank_side(model, lr=1e-2, factor_every=10)
+    A = optimizer.pairs[0].A
+    A.requires_grad_(False)
+    rows = []
+    for i in range(12):
+        A.requires_grad_(i >= 3)
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+        rows.append(int(optimizer.state[A]["rows"]) if A in optimizer.state else None)
+    assert rows == [None] * 3 + [0] + [32] * 8
 
 
 def test_a_mask_is_gone_after_a_step_that_observes_nothing():

@@ -72,7 +72,7 @@ class Curvature:
         self._places: weakref.WeakKeyDictionary[Bucket, _Places] = weakref.WeakKeyDictionary()
         self._silent = list(self.capture.pairs)
         self._unseen: dict[LoraPair, int] = {}
-        self._warned = False
+        self._warned = self._in_doubt = False
         # by pair of a layer not known to be plain: whether its basis mattered at the last reprojection
         self.entangled: dict[LoraPair, Tensor] = {}
         if before is not None:
@@ -84,38 +84,54 @@ class Curvature:
         if before is not None:
             self.capture.adopt(before.capture)
 
-    def arm(self, buckets: Sequence[Bucket], sides: Sequence[Side]) -> None:
-        """End a step: hooks run only on the way to a step that will observe, or may have to, and the mask is gone."""
-        made = sum(len(b.sides) for b in buckets)
+    def arm(self, buckets: Sequence[Bucket], loose: Sequence[Side]) -> None:
+        """End a step: hooks run only on the way to a step that will observe, or may have to, and the mask is gone.
+
+        A side in no bucket is observed with its first gradient, which may come in any step.
+        """
         ahead = (b for b in buckets if b.traits.hooks)
-        self.capture.watch(made < len(sides) or any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead))
+        needed = any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
+        needed = needed or any(s.param.requires_grad for s in loose)
+        self.capture.watch(needed or self._in_doubt)
         self.capture.mask = None
 
     # ------------------------------------------------------------------ observing
 
     def observe(self, buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor]) -> None:
-        """Take this step's S_u and S_d into the factors: S ← S + w (zᵀz/N − S)."""
+        """Take this step's S_u and S_d into the factors: S ← S + w (zᵀz/N − S).
+
+        The decay is per step: an average remembers as many steps, however far apart they are observed. Where the hooks
+        were idle although something has come to be due, it stays so.
+        """
+        if self._silent and self.capture.active:
+            self._warn_of_silence([b for b in buckets if b.traits.hooks])
         by_source: dict[Source, list[Bucket]] = {}
         for bucket in buckets:
-            by_source.setdefault(bucket.traits, []).append(bucket)
+            if bucket.due("factor_every") and (self.capture.active or not bucket.traits.hooks):
+                by_source.setdefault(bucket.traits, []).append(bucket)
         for source, of_one in by_source.items():
             if source.observe is None:
                 continue
             for bucket, (S_new, rows) in zip(of_one, source.observe(self, of_one), strict=True):
-                state, decay = bucket.state, bucket.group["factor_decay"] if source.averaged else 0.0
-                flag = found_inf[bucket.device]
+                state, g, flag = bucket.state, bucket.group, found_inf[bucket.device]
+                decay = g["factor_decay"] ** g["factor_every"] if source.averaged else 0.0
                 took = self._ops("ema_", state["factor"], S_new, state["observed"], decay, flag)
                 state["rows"].add_(took if rows is None else torch.where(took, rows, 0.0))
                 bucket.did("factor_every", flag)
 
-    def warn_of_silence(self, buckets: Sequence[Bucket]) -> None:
-        """Warn, once, of pairs that had gradients in two steps but whose hooks were silent."""
+    def _warn_of_silence(self, buckets: Sequence[Bucket]) -> None:
+        """Warn, once, of pairs that had gradients in three steps but whose hooks were silent.
+
+        Until then the hooks stay on, also where the next observation is steps away.
+        """
+        self._in_doubt = False
         self._silent = [p for p in self._silent if not self.capture.fired[p] and not self.capture.seen(p)]
         if self._warned or not self._silent:
             return
         moving = {s.pair for b in buckets for s in b.sides}
         for pair in (p for p in self._silent if p in moving):
             self._unseen[pair] = self._unseen.get(pair, 0) + 1
+            self._in_doubt |= self._unseen[pair] <= 2
         never = [p.name for p, n in self._unseen.items() if n > 2 and not self.capture.fired[p] and _moves(p)]
         if never:
             self._warned = True
@@ -124,7 +140,7 @@ class Curvature:
                 f"{', ...' if len(never) > 3 else ''}): their curvature is not used. If the forward is fused, "
                 'use statistics="gradient"',
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def summed(self, buckets: Sequence[Bucket]) -> None:
@@ -228,7 +244,6 @@ def from_activations(curvature: Curvature, buckets: Sequence[Bucket]) -> list[Ob
     processes, whose d are therefore W times too large. Under a GradScaler d carries its scale, which cancels in all
     that is made of S_d until it changes. A pair without rows is not observed.
     """
-    curvature.warn_of_silence(buckets)
     curvature.summed(buckets)
     observed: list[Observation] = []
     for bucket in buckets:

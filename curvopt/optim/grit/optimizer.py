@@ -178,7 +178,7 @@ class GritKFAC(BucketedOptimizer):
             self._agree(found_inf)
         observed = [b for b in buckets if "factor" in b.state]  # of others nothing reads S_u and S_d
         if observed:
-            self._curvature.observe([b for b in observed if b.due("factor_every")], found_inf)  # S ← S + w (zᵀz/N − S)
+            self._curvature.observe(observed, found_inf)  # S ← S + w (zᵀz/N − S)
         for bucket in observed:
             if rule_of(bucket).key is not None and bucket.due("inverse_every"):
                 self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
@@ -193,7 +193,7 @@ class GritKFAC(BucketedOptimizer):
         if reprojected:
             reproject.change_basis(reprojected, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
         if self._curvature.capture.pairs:
-            self._curvature.arm(self._buckets, self._sides)
+            self._curvature.arm(self._buckets, self._loose)
         if self._masks.pairs:
             self._masks.advance(self._draws.next(), self._buckets, buckets)  # the ranks of the next step's samples
         return loss

@@ -43,9 +43,10 @@ class AdvancedSettings(TypedDict, total=False):
     Attributes:
         sides: ``"kfac"`` (default): S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
-        factor_decay: decay β of the averages of all factors, in [0, 1]; 1 is GRIT's running mean, which never forgets.
-            Default 0.95.
-        factor_every: steps between two observations of S_u and S_d, ≥ 1; the hooks are idle in between. Default 1.
+        factor_decay: decay β of the averages of all factors in a step, in [0, 1]; of S_u and S_d between observations
+            that are n steps apart it is βⁿ. 1 is GRIT's running mean, which never forgets. Default 0.95.
+        factor_every: steps between two observations of S_u and S_d, ≥ 1; the hooks are idle in between. Default 10, at
+            which no loss was seen, and the hooks cost a tenth (docs/settings.md).
         inverse_every: steps between two computations of the eigenbases, inverses or roots of S_u and S_d, ≥ 1.
             Default 10.
         warmup_steps: number of plain AdamW steps at the start, while the factors fill. Default 0.
@@ -87,7 +88,7 @@ class AdvancedSettings(TypedDict, total=False):
 ADVANCED: AdvancedSettings = {
     "sides": "kfac",
     "factor_decay": 0.95,
-    "factor_every": 1,
+    "factor_every": 10,
     "inverse_every": 10,
     "warmup_steps": 0,
     "reprojection": "balanced",
