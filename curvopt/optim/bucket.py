@@ -550,7 +550,8 @@ class BucketedOptimizer(PairedOptimizer):
         for bucket in live:
             check_dense(bucket.grads)
         any_gradient = bool(live or others)
-        if changed or not any_gradient:
+        # the gradients of a deleted adapter stay where they are: of one side asked, as adapters come and go whole
+        if changed or not any_gradient or any(s.replaced for s in self._sides[:1]):
             self._locator.look_after(any_gradient)
         return live, others
 

@@ -153,7 +153,9 @@ def other(model, **kwargs):
 
 @pytest.mark.parametrize("make", [GritKFAC, MatryoshkaScaledAdam])
 @pytest.mark.parametrize("again", [False, True], ids=["another", "of the same name"])
-def test_an_adapter_added_later_is_told_of(make, again):
+@pytest.mark.parametrize("by", ["optimizer", "model"])
+def test_an_adapter_added_later_is_told_of(make, again, by):
+    """Also where the model resets gradients, and those of a deleted adapter stay."""
     model = build()
     optimizer = make(model, lr=1e-2)
     steps(model, optimizer)
@@ -163,7 +165,7 @@ def test_an_adapter_added_later_is_told_of(make, again):
         model.double().set_adapter("default")
     else:
         other(model).set_adapter("other")
-    optimizer.zero_grad()
+    (optimizer if by == "optimizer" else model).zero_grad()
     loss(model).backward()
     with pytest.warns(UserWarning, match="4 parameters have gradients but are in no param group.*frozen or not there"):
         optimizer.step()
