@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from curvopt.distributed import Shards, groups_of, is_sharded, local, shards_of
+from curvopt.distributed import Shards, groups_of, local, shards_of
 from curvopt.lora import LoraPair, describe_search, find_lora_pairs, low_rank_by_shape, pair_by_name
 from curvopt.ops import Backend, Ops
 from curvopt.optim import loading
@@ -55,15 +55,6 @@ class Side:
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return the 2-D view of a tensor laid out like the parameter."""
         return tensor if tensor.ndim == 2 else self.pair.matrix(self.name, tensor)
-
-    @property
-    def replaced(self) -> bool:
-        """Whether another parameter stands at its place in the model: PEFT may have made the adapter anew."""
-        try:
-            now = self.pair.A if self.name == "A" else self.pair.B
-        except (AttributeError, KeyError):
-            return False
-        return now is not self.param and not is_sharded(self.param)
 
     @property
     def shards(self) -> Shards | None:

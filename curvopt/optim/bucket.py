@@ -550,8 +550,7 @@ class BucketedOptimizer(PairedOptimizer):
         for bucket in live:
             check_dense(bucket.grads)
         any_gradient = bool(live or others)
-        # the gradients of a deleted adapter stay where they are: of one side asked, as adapters come and go whole
-        if changed or not any_gradient or any(s.replaced for s in self._sides[:1]):
+        if self._locator.left() or changed or not any_gradient:
             self._locator.look_after(any_gradient)
         return live, others
 
