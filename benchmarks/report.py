@@ -22,7 +22,7 @@ from training import SEARCH_SEED
 ROOT = RESULTS.parents[1]
 TEXTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "kernels", "outer-factors", "gora", "settings")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "kernels", "outer-factors", "gora", "ranks", "settings")),
 )
 MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHORTER = (0.8, 0.7, 0.6)
@@ -268,7 +268,7 @@ def cadence_table() -> list[Row]:
     lines = []
     for name in (n for n in CADENCES if n + EVERY_STEP in CADENCES):
         line: Row = {"observed at one step in ten": name}
-        for task in runs.tasks():
+        for task in dict.fromkeys(row["task"] for row in runs.rows):
             base, own = runs.best(task, name + EVERY_STEP), runs.best(task, name)
             line[task] = shown([own[s]["test"] - base[s]["test"] for s in own if s in base], sign=True)
         lines.append(line)

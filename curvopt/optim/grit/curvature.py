@@ -73,6 +73,7 @@ class Curvature:
         self._silent = list(self.capture.pairs)
         self._unseen: dict[LoraPair, int] = {}
         self._warned = self._in_doubt = False
+        self._awaited = True  # whether the hooks are on for an observation: alike on all processes, unlike the doubt
         # by pair of a layer not known to be plain: whether its basis mattered at the last reprojection
         self.entangled: dict[LoraPair, Tensor] = {}
         if before is not None:
@@ -90,9 +91,9 @@ class Curvature:
         A side in no bucket is observed with its first gradient, which may come in any step.
         """
         ahead = (b for b in buckets if b.traits.hooks)
-        needed = any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
-        needed = needed or any(s.param.requires_grad for s in loose)
-        self.capture.watch(needed or self._in_doubt)
+        self._awaited = any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
+        self._awaited = self._awaited or any(s.param.requires_grad for s in loose)
+        self.capture.watch(self._awaited or self._in_doubt)
         self.capture.mask = None
 
     # ------------------------------------------------------------------ observing
@@ -107,7 +108,7 @@ class Curvature:
             self._warn_of_silence([b for b in buckets if b.traits.hooks])
         by_source: dict[Source, list[Bucket]] = {}
         for bucket in buckets:
-            if bucket.due("factor_every") and (self.capture.active or not bucket.traits.hooks):
+            if bucket.due("factor_every") and (self._awaited or not bucket.traits.hooks):
                 by_source.setdefault(bucket.traits, []).append(bucket)
         for source, of_one in by_source.items():
             if source.observe is None:
