@@ -72,13 +72,13 @@ class Store:
         sums: [2, P, r, r]: Σ uᵀu of each pair, then Σ dᵀd of each.
         index: {pair: its place}.
         n: Rows of each pair so far: numbers, or 0-d tensors where a mask counted; static: [P] float64 on the device.
-        waiting: Bytes of u and d that may wait for their products.
+        limit: Bytes of u and d that may wait for their products.
     """
 
     sums: Tensor
     index: dict[LoraPair, int]
     n: Any
-    waiting: int
+    limit: int
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -129,9 +129,9 @@ class _Record:
         generation: Counts dropped gradients: products that wait for an older one are void.
         at_once: Whether d counts when it comes, since no hook tells of its gradient.
         to_a: Whether it is the gradient of A that tells; else that of B.
+        landed: Number of the backward pass in which the gradient arrived last.
         passed: For each forward pass without a graph since the last `discard`, its mask and Σ u over its rows, (r,).
             Under reentrant checkpointing such a pass is computed anew in the backward, when another mask may be set.
-        late: With A frozen: whether d comes after the gradient of B has arrived; None: not known yet.
     """
 
     pair: LoraPair
@@ -143,8 +143,8 @@ class _Record:
     generation: int = 0
     at_once: bool = False
     to_a: bool = True
+    landed: int = -1
     passed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    late: bool | None = None
 
 
 class Capture:
@@ -230,7 +230,7 @@ class Capture:
 
     def listen(self, record: _Record, to_a: bool) -> None:
         """Let a hook tell of the gradients of A, or of those of B where A is frozen."""
-        pair, record.to_a, record.late = record.pair, to_a, None
+        pair, record.to_a = record.pair, to_a
         self._arrivals.remove(pair)
         if not record.at_once:
             param = pair.A if to_a else pair.B
@@ -244,10 +244,8 @@ class Capture:
         for pair, record in self._records.items():
             if not active:
                 self._arrivals.remove(pair)
-            elif pair in self._hooks:
+            elif pair in self._hooks and pair.exists:
                 self.listen(record, pair.a_trainable)
-        if not active:
-            self.discard()
 
     @property
     def attached(self) -> bool:
@@ -307,7 +305,8 @@ class Capture:
     def discard(self) -> None:
         """Forget everything since the last time, also what is on its way."""
         self._waiting, self._waiting_bytes, self.mask = [], 0, None
-        for store in self.stores:
+        # a replayed graph adds to static sums without a word
+        for store in self.stores if self._touched or self._static else ():
             store.sums.zero_()
             if self._static:
                 store.n.zero_()
@@ -397,7 +396,7 @@ class Capture:
         if call not in record.waiting:
             record.waiting.append(call)
             self._touched.add(record)
-        if record.at_once or (record.late and not record.to_a):
+        if record.at_once or record.landed == call.backward:  # B's gradient may arrive before d
             self._count(record)
 
     def arrived(self, record: _Record, grad: Tensor) -> None:
@@ -407,11 +406,8 @@ class Capture:
         """
         if not continues(grad, record.version, self._many):
             self._drop(record)
-        record.version = grad._version
-        if not record.to_a and record.late is None:
-            record.late = not record.waiting
-        if not record.late:
-            self._count(record)
+        record.version, record.landed = grad._version, backward_pass()
+        self._count(record)
 
     def _count(self, record: _Record) -> None:
         """Count what this backward pass has brought; what `torch.autograd.grad` left behind stays uncounted."""
@@ -453,7 +449,7 @@ class Capture:
         products.append((1, d, 1.0))
         if before is not None:
             products.append((1, before, -1.0))
-        if store.waiting == 0:
+        if store.limit == 0:
             for half, z, sign in products:
                 z = z.to(store.sums.dtype)
                 # in place: no autocast, no graph
@@ -463,7 +459,7 @@ class Capture:
             at = half * len(store.index) + i
             self._waiting.append(_Product(record, record.generation, store, at, z, mask, sign))
             self._waiting_bytes += z.nbytes
-        if self._waiting_bytes > store.waiting:
+        if self._waiting_bytes > store.limit:
             self.flush()
 
     def _place(self, record: _Record, z: Tensor) -> tuple[Store, int]:
@@ -489,8 +485,8 @@ class Capture:
             P = len(index)
             n: Any = torch.zeros(P, dtype=torch.float64, device=device) if self._static else [0] * P
             sums = torch.zeros(2, P, r, r, dtype=dtype, device=device)
-            waiting = self._limit if self._limit is not None else WAITING if on_device(sums) else 0
-            store = Store(sums, index, n, waiting)
+            limit = self._limit if self._limit is not None else WAITING if on_device(sums) else 0
+            store = Store(sums, index, n, limit)
             self.stores.append(store)
         record.place = store, store.index[pair]
         return record.place

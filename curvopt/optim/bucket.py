@@ -550,7 +550,7 @@ class BucketedOptimizer(PairedOptimizer):
         for bucket in live:
             check_dense(bucket.grads)
         any_gradient = bool(live or others)
-        if self._locator.left() or changed or not any_gradient:
+        if changed or not any_gradient or self._locator.orphans():
             self._locator.look_after(any_gradient)
         return live, others
 

@@ -33,14 +33,14 @@ class ParameterLocator:
                 if p is not None and p in mine:
                     self._at.setdefault(p, (module, name))
         self._first = next(iter(self._at), None)
-        self._parent = self._parent_of_first()
         self._warned = False
-
-    def _parent_of_first(self) -> tuple[nn.Module, str, nn.Module] | None:
-        """Return the module of the first parameter, under which name it is in which other one; None without."""
-        module = None if self._first is None else self._at[self._first][0]
-        within = self._model.modules() if self._model is not None else ()
-        return next(((m, name, module) for m in within for name, child in m.named_children() if child is module), None)
+        # one parameter by the name of its module, which is that of its adapter: module, and where it is in the model
+        self._samples: dict[str, tuple[Tensor, nn.Module, nn.Module]] = {}
+        for parent in model.modules() if model is not None else ():
+            for name, module in parent.named_children():
+                for p in module._parameters.values():
+                    if p is not None and p in mine:
+                        self._samples.setdefault(name, (p, module, parent))
 
     def moved(self, idle: Iterator[Tensor]) -> bool:
         """Whether another parameter stands where the first one stood, or one of ``idle``.
@@ -51,19 +51,16 @@ class ParameterLocator:
             self.now_at(p) is not p for p in idle
         )
 
-    def left(self) -> bool:
-        """Whether the module of the first parameter has left the model since this was asked last.
+    def orphans(self) -> bool:
+        """Whether a parameter still has a gradient, though its module has left the model.
 
-        Nothing resets the gradients of an adapter that was deleted, so that it seems to train on. Adapters go whole:
-        one parameter tells.
+        Nothing resets the gradients of an adapter that PEFT has deleted, so that it seems to train on. Adapters go
+        whole: one parameter of each tells.
         """
-        if self._parent is None:
-            return False
-        parent, name, module = self._parent
-        if parent._modules.get(name) is module:
-            return False
-        self._parent = None
-        return True
+        return any(
+            p.grad is not None and parent._modules.get(name) is not module
+            for name, (p, module, parent) in self._samples.items()
+        )
 
     def adopt(self, groups: list[dict[str, Any]], state: dict[Tensor, Any], sides: Sequence[Any]) -> bool:
         """Put what stands in the model now into the groups, in place of what stood there; its state goes with it.

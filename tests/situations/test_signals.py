@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from grit_kit import rank_side
+from peft import LoraConfig
 from situations_kit import X, build, factor, loss, steps
 
 from curvopt.lora import Capture, find_lora_pairs
@@ -171,37 +172,125 @@ def test_a_fused_forward_is_told_of_in_the_third_step(every):
             optimizer.step()
 
 
+def told(optimizer):
+    """How many hooks tell of the gradients of A and B, pair by pair."""
+    return [[len(p._post_accumulate_grad_hooks or ()) for p in (pair.A, pair.B)] for pair in optimizer.pairs]
+
+
 def test_hooks_are_idle_between_observations():
-    """One step in three observes: only there a hook tells of the gradient of A, or of B where A is frozen."""
+    """One step in three observes: only there a hook tells of the gradient of A."""
     model = build()
     optimizer = rank_side(model, lr=1e-2, factor_every=3)
-    first, second = optimizer.pairs[:2]
-    second.A.requires_grad_(False)
-    told, rows = [], []
+    seen = []
     for _ in range(6):
         optimizer.zero_grad()
-        value = loss(model)
-        told.append([len(p._post_accumulate_grad_hooks or ()) for p in (first.A, first.B, second.A, second.B)])
-        value.backward()
+        loss(model).backward()
+        seen.append(told(optimizer))
         optimizer.step()
-        rows.append([int(optimizer.state[p]["rows"]) for p in (first.A, second.B)])
-    assert told == [[1, 0, 0, 1], [0] * 4, [0] * 4] * 2
-    assert rows == [[32, 32]] * 3 + [[64, 64]] * 3
+    assert seen == [[[1, 0]] * 2, [[0, 0]] * 2, [[0, 0]] * 2] * 2
 
 
-def test_a_matrix_unfrozen_between_observations_is_observed_a_step_later():
+def switched(model, i, by):
+    if by == "adapter":
+        model.set_adapter("b" if i >= 3 else "default")
+    else:
+        model.base_model.model[0].lora_A["default"].weight.requires_grad_(i >= 3)
+
+
+@pytest.mark.parametrize("by", ["adapter", "frozen A"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_trains_later_is_observed_in_its_first_step(by, resumed):
+    """Another adapter's turn, or an A that is unfrozen, in a step that observes nothing else; also after a resume."""
     model = build()
-    optimizer = rank_side(model, lr=1e-2, factor_every=10)
-    A = optimizer.pairs[0].A
-    A.requires_grad_(False)
-    rows = []
-    for i in range(12):
-        A.requires_grad_(i >= 3)
+    if by == "adapter":
+        model.add_adapter("b", LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], init_lora_weights=False))
+        model.double()
+    settings = {"lr": 1e-2, "update": "eigen", "inverse_every": 10, "factor_every": 10}
+    optimizer = rank_side(model, **settings)
+    for i in range(6):
+        switched(model, i, by)
+        if i == 3 and resumed:
+            saved = optimizer.state_dict()
+            optimizer = rank_side(model, **settings)
+            optimizer.load_state_dict(saved)
+        optimizer.zero_grad()
+        loss(model).backward()
+        if by == "frozen A":
+            assert told(optimizer)[0] == [int(i == 3), int(i < 3)]  # idle once nothing else may come
+        optimizer.step()
+    late = model.base_model.model[0].lora_A["b" if by == "adapter" else "default"].weight
+    state = optimizer.state[late]
+    assert int(state["rows"]) == 32 and int(state["step"]) == 3
+    assert not torch.equal(state["basis"], torch.eye(len(state["basis"]), dtype=torch.float64))
+
+
+def test_a_deleted_adapter_wakes_no_hooks():
+    model = build()
+    model.add_adapter("b", LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
+    optimizer = rank_side(model.double(), lr=1e-2, factor_every=3)
+    for i in range(8):
+        if i == 4:
+            model.delete_adapter("b")
         optimizer.zero_grad()
         loss(model).backward()
         optimizer.step()
-        rows.append(int(optimizer.state[A]["rows"]) if A in optimizer.state else None)
-    assert rows == [None] * 3 + [0] + [32] * 8
+    assert {int(optimizer.state[s.param]["rows"]) for s in optimizer.sides} == {3 * 32}
+
+
+@pytest.mark.parametrize("drop", ["in place", "past the version"])
+def test_a_step_that_is_watched_but_not_observed_leaves_nothing(drop):
+    """After a resume the hooks are on in a step that observes nothing, and gradients are zeroed behind their backs."""
+    rows = []
+    for resumed in (False, True):
+        model = build()
+        optimizer = rank_side(model, lr=1e-2, factor_every=4)
+        for i in range(5):
+            if i == 3 and resumed:
+                saved = optimizer.state_dict()
+                optimizer = rank_side(model, lr=1e-2, factor_every=4)
+                optimizer.load_state_dict(saved)
+            for p in model.parameters():
+                if p.grad is not None:
+                    (p.grad if drop == "in place" else p.grad.data).zero_()
+            loss(model).backward()
+            optimizer.step()
+        rows.append([int(optimizer.state[s.param]["rows"]) for s in optimizer.sides])
+    assert rows == [[64] * 4] * 2
+
+
+def test_an_optimizer_made_after_the_backward_observes_the_next_step():
+    model = build()
+    loss(model).backward()
+    optimizer = rank_side(model, lr=1e-2, update="eigen", factor_every=10)
+    seen = []
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss(model).backward()
+        state = optimizer.state[optimizer.pairs[0].B]
+        seen.append((int(state["rows"]), bool((state["basis"] != torch.eye(4, dtype=torch.float64)).any())))
+    assert seen == [(0, False), (32, True), (32, True)]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "autograd.grad before"])
+def test_frozen_A_counts_every_use_of_a_layer(grad):
+    """B's gradient may arrive before some d of its layer and after others; what fills no .grad counts nothing."""
+    model = build()
+    first, act, twice, _, last = model.base_model.model
+    for pair in find_lora_pairs(model):
+        pair.A.requires_grad_(False)
+    optimizer = rank_side(model, lr=1e-2)
+
+    def value():
+        return last(act(twice(act(twice(act(first(X))))))).square().mean()
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        if grad:
+            torch.autograd.grad(value(), [pair.B for pair in optimizer.pairs])
+        value().backward()
+        optimizer.step()
+    assert [int(optimizer.state[pair.B]["rows"]) for pair in optimizer.pairs] == [3 * 32, 3 * 64]
 
 
 def test_a_mask_is_gone_after_a_step_that_observes_nothing():

@@ -171,6 +171,26 @@ def test_an_adapter_added_later_is_told_of(make, again, by):
         optimizer.step()
 
 
+@pytest.mark.parametrize("case", ["the second", "the first of two", "later"])
+def test_a_successor_is_told_of_whatever_else_trains(case):
+    """The gradients of a deleted adapter stay where the model resets them; what trains elsewhere says nothing of it."""
+    model = other(build())
+    gone = "other" if case == "the second" else "default"
+    model.set_adapter(gone)
+    model.base_model.model[4].bias.requires_grad_(True)  # no adapter
+    optimizer = GritKFAC(model, lr=1e-2)
+    steps(model, optimizer)
+    model.delete_adapter(gone)
+    if case == "later":
+        optimizer.step()
+    model.add_adapter("new" if case == "the first of two" else gone, LoraConfig(r=4, target_modules=["0", "2"]))
+    model.double().set_adapter("new" if case == "the first of two" else gone)
+    model.zero_grad()
+    loss(model).backward()
+    with pytest.warns(UserWarning, match="4 parameters have gradients but are in no param group"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -65,8 +65,8 @@ class Curvature:
         before: "Curvature | None" = None,
     ) -> None:
         watched = {s.pair for s in sides if source_of(s).hooks}
-        static = any(s.group["capturable"] for s in sides)
-        self.capture = Capture([p for p in pairs if p in watched], ops, static=static)
+        self._static = any(s.group["capturable"] for s in sides)
+        self.capture = Capture([p for p in pairs if p in watched], ops, static=self._static)
         self._ops = ops
         self._process_group = process_group
         self._places: weakref.WeakKeyDictionary[Bucket, _Places] = weakref.WeakKeyDictionary()
@@ -86,15 +86,16 @@ class Curvature:
             self.capture.adopt(before.capture)
 
     def arm(self, buckets: Sequence[Bucket], loose: Sequence[Side]) -> None:
-        """End a step: hooks run only on the way to a step that will observe, or may have to, and the mask is gone.
+        """End a step: hooks run only on the way to a step that will observe, or may have to. What was seen is gone.
 
-        A side in no bucket is observed with its first gradient, which may come in any step.
+        A side in no bucket is observed with its first gradient, which may come in any step; where a CUDA graph is
+        replayed nobody says when it observes.
         """
         ahead = (b for b in buckets if b.traits.hooks)
-        self._awaited = any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
-        self._awaited = self._awaited or any(s.param.requires_grad for s in loose)
+        self._awaited = self._static or bool(loose)
+        self._awaited = self._awaited or any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
+        self.capture.discard()
         self.capture.watch(self._awaited or self._in_doubt)
-        self.capture.mask = None
 
     # ------------------------------------------------------------------ observing
 
@@ -118,7 +119,8 @@ class Curvature:
                 decay = g["factor_decay"] ** g["factor_every"] if source.averaged else 0.0
                 took = self._ops("ema_", state["factor"], S_new, state["observed"], decay, flag)
                 state["rows"].add_(took if rows is None else torch.where(took, rows, 0.0))
-                bucket.did("factor_every", flag)
+                # where nothing was seen, as in a step whose forward came before the hooks, it stays due
+                bucket.did("factor_every", torch.where(took.any(), flag, 1.0))
 
     def _warn_of_silence(self, buckets: Sequence[Bucket]) -> None:
         """Warn, once, of pairs that had gradients in three steps but whose hooks were silent.
@@ -141,7 +143,7 @@ class Curvature:
                 f"{', ...' if len(never) > 3 else ''}): their curvature is not used. If the forward is fused, "
                 'use statistics="gradient"',
                 UserWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def summed(self, buckets: Sequence[Bucket]) -> None:
@@ -196,7 +198,7 @@ class Curvature:
         if rule.turns:
             bucket.transform("moments", new.mT @ old, None, found_inf)
         old.copy_(new)
-        bucket.did("inverse_every", found_inf)
+        bucket.did("inverse_every", torch.where(bucket.state["observed"].any(), found_inf, 1.0))
 
     def made(self, bucket: Bucket) -> Tensor:
         """Return the rule's matrices ``[T, r, r]`` for the factors as they are; a broken factor keeps what it has."""

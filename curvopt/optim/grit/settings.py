@@ -43,8 +43,9 @@ class AdvancedSettings(TypedDict, total=False):
     Attributes:
         sides: ``"kfac"`` (default): S_d preconditions A and S_u preconditions B, the K-FAC factors of the two maps;
             ``"paper"``: the other way round, as GRIT publishes it.
-        factor_decay: decay β of the averages of all factors in a step, in [0, 1]; of S_u and S_d between observations
-            that are n steps apart it is βⁿ. 1 is GRIT's running mean, which never forgets. Default 0.95.
+        factor_decay: decay β of the averages of all factors in a step, in [0, 1]; of S_u and S_d, observed every
+            n steps, it is βⁿ from one observation to the next. 1 is GRIT's running mean, which never forgets. Default
+            0.95.
         factor_every: steps between two observations of S_u and S_d, ≥ 1; the hooks are idle in between. Default 10: as
             good as every step for all update rules; ranks come out a little lower.
         inverse_every: steps between two computations of the eigenbases, inverses or roots of S_u and S_d, ≥ 1.
