@@ -344,7 +344,10 @@ class Capture:
         """Make the sums of pairs that were not seen here: every process must have the same to add up."""
         for pair in dict.fromkeys(pairs):
             record = self._records.get(pair)
-            if record is not None and record.place is None:
+            if record is None:
+                continue
+            self._touched.add(record)  # what others have seen is added to its sums
+            if record.place is None:
                 self._put(record, (pair.rank, compute_dtype(pair.A.dtype), pair.A.device))
 
     def flush(self) -> None:

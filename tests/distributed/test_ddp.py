@@ -128,6 +128,21 @@ def bytes_sent(world, patch):
     return processes.bytes_by_step(model, optimizer, world, patch), optimizer.diagnostics()["bytes_sent"]
 
 
+def bystanders(world):
+    """Only the first process runs the model, the others have zeros; return rows and factors by side."""
+    model = models.mlp()
+    optimizer = GritKFAC(model, statistics="activation", factor_every=1, process_group=world.group)
+    for i in range(3):
+        model.zero_grad()  # which the optimizer does not see
+        if world.rank == 0:
+            models.loss(model, i).backward()
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.broadcast(p.grad, group=world.group, group_src=0)
+        optimizer.step()
+    return [[optimizer.state[s.param][key] for s in optimizer.sides] for key in ("rows", "factor")]
+
+
 def sums(world):
     """Return what the collectives made of known numbers."""
     me = world.rank + 1
@@ -153,6 +168,7 @@ def job(worlds, everybody):
             for make in (by_adam, by_grit):
                 found[make.__name__, size] = strata(world, make)
             found["bytes", size] = bytes_sent(world, patch)
+            found["bystanders", size] = bystanders(world)
     dist.barrier()
     return found
 
@@ -246,6 +262,23 @@ def test_statistics_of_one_process_alone_are_not_enough(found, expected, size):
     want = parameters(expected["eigen-32"][0])
     assert max((runs[0][name] - want[name]).abs().max() for name in want) > 10 * ROUNDING
     assert models.differences(runs[0], runs[1]) != []  # replicas drift apart
+
+
+@sizes
+def test_bystanders_take_what_others_have_seen_once(found, size):
+    model = models.mlp()
+    optimizer = GritKFAC(model, statistics="activation", factor_every=1)
+    for i in range(3):
+        optimizer.zero_grad()
+        models.loss(model, i).backward()
+        optimizer.step()
+    seen = {p: state["rows"] for p, state in optimizer.state.items() if "rows" in state}
+    for process in found[:size]:
+        rows, factors = process["bystanders", size]
+        for side, n, S in zip(optimizer.sides, rows, factors, strict=True):
+            assert n == seen.get(side.param, 0)
+            if n and side.name == "B":  # that of A has d, which counts as the gradient of a mean over processes
+                torch.testing.assert_close(S, optimizer.state[side.param]["factor"], rtol=1e-8, atol=1e-10)
 
 
 @sizes

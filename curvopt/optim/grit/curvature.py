@@ -154,7 +154,8 @@ class Curvature:
         moving = dict.fromkeys(s.pair for b in buckets for s in b.sides)
         self.capture.prepare(moving)
         sums, counts, rows = [], [], []
-        for store in self.capture.stores:  # idle pairs have nothing to add, here or anywhere
+        stores = sorted(self.capture.stores, key=_order)  # each process has met them in an order of its own
+        for store in stores:  # idle pairs have nothing to add, here or anywhere
             at = [i for pair, i in store.index.items() if pair in moving]
             every = len(at) == len(store.index)
             rows.append(at)
@@ -162,7 +163,7 @@ class Curvature:
             counts.append(_column(store.n if every else [store.n[i] for i in at], store.sums.device))
         n = all_reduce_grams(sums, self._process_group, torch.cat([c.to(sums[0].device) for c in counts]))
         parts = n.split([len(at) for at in rows])
-        for store, at, own, count in zip(self.capture.stores, rows, sums, parts, strict=True):
+        for store, at, own, count in zip(stores, rows, sums, parts, strict=True):
             if len(at) == len(store.index):
                 store.n = count.to(store.sums.device)
             else:
@@ -293,6 +294,12 @@ SOURCES = {
         Source("none", None, data=False),
     )
 }
+
+
+def _order(store: Store) -> tuple[Any, ...]:
+    """Return by what all processes put their stores in the same order."""
+    r, dtype, device = store.key
+    return r, str(dtype), device.type, device.index or 0
 
 
 def _paired(buckets: Sequence[Bucket], grams: list[Tensor], which: dict[str, str]) -> list[Observation]:
