@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from curvopt.kernels import launch, tables
+from curvopt.kernels import launch, moments, tables
 from harness import RESULTS, Row, interleave, merge_csv, ratios, rounded, stamp, summary, table
 from torch import nn
 
@@ -60,6 +60,9 @@ def as_on_a_device() -> Iterator[list[str]]:
 
     def run(kernel: object, grid: tuple[int, ...], *args: object, **constants: object) -> None:
         launched.append(kernel.fn.__name__)  # type: ignore[attr-defined]
+        if kernel is moments._average:  # later steps go by what was observed: everything
+            for written in args[2:4]:
+                written.fill_(1)  # type: ignore[attr-defined]
 
     with (
         mock.patch.object(launch, "run", run),
