@@ -269,7 +269,7 @@ class Capture:
             if old is None:
                 continue
             record.waiting = list(old.waiting)
-            record.version, record.calls = old.version, old.calls
+            record.version = old.version
             self._touched.add(record)
             self.fired[pair] += other.fired[old.pair]
             if old.calls and old.place is not None:
@@ -470,8 +470,7 @@ class Capture:
         like = (z.shape[1], z.dtype, z.device)
         if record.place is None or record.like != like:
             record.like = like
-            self._put(record, (z.shape[1], compute_dtype(z.dtype), z.device))
-        assert record.place is not None
+            return self._put(record, (z.shape[1], compute_dtype(z.dtype), z.device))
         return record.place
 
     def _put(self, record: _Record, key: tuple[Any, ...]) -> tuple[Store, int]:
@@ -528,7 +527,7 @@ class _Hook(Watch):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if self._owner is None:
             return None
-        capture = self._owner()
+        capture = self._owner()  # the record only where it is needed: in most steps the hook ends here
         if capture is None or not capture.active or not isinstance(output, Tensor):
             return None
         record, A = self._record(), self._A()

@@ -92,8 +92,8 @@ class Curvature:
         replayed nobody says when it observes.
         """
         ahead = (b for b in buckets if b.traits.hooks)
-        self._awaited = self._static or bool(loose)
-        self._awaited = self._awaited or any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
+        coming = any(b.unsettled or b.due("factor_every", ahead=1) for b in ahead)
+        self._awaited = self._static or bool(loose) or coming
         self.capture.discard()
         self.capture.watch(self._awaited or self._in_doubt)
 
@@ -271,7 +271,6 @@ def from_activations(curvature: Curvature, buckets: Sequence[Bucket]) -> list[Ob
         scale = torch.where(at.is_u, 1 / n, n / curvature.world**2)
         S = store.sums.view(-1, r, r)[at.index]
         observed.append(((S * scale[:, None, None]).to(bucket.compute_dtype), n))
-    curvature.capture.discard()
     return observed
 
 
