@@ -53,8 +53,11 @@ class ReferencePlan:
                 s.spare_basis = spare_basis[: s.basis.numel()].view(s.basis.shape)
 
     def load(self, grads: Sequence[Tensor]) -> bool:
-        """Take the T gradients of this step in the order of the slabs; False if they do not fit the plan."""
-        if grads[0].dtype != self._given:
+        """Take the T gradients of this step in the order of the slabs; False if they do not fit the plan.
+
+        They must be contiguous, of the dtype of those that it was made with.
+        """
+        if grads[0].dtype != self._given or not all(map(Tensor.is_contiguous, grads)):
             return False
         at = 0
         for s, stacked, out in zip(self.slabs, self._stacked, self._workspaces, strict=True):

@@ -260,6 +260,7 @@ class Bucket:
 
         Raises:
             ValueError: a parameter has another dtype, device or shape than its state.
+            RuntimeError: a gradient is sparse.
         """
         addresses = list(map(Tensor.data_ptr, self.params if self._plain else map(local, self.params)))
         if addresses != self._addresses:
@@ -276,6 +277,7 @@ class Bucket:
 
     def _replan(self, rule: str, make: Callable[["Bucket", str], tuple[Any, list[Any]]]) -> None:
         """Load gradients that the plan did not take as they are: copied, and by a new plan if it must be."""
+        check_dense(self.grads)  # no plan takes sparse ones
         self.grads = [g.contiguous() for g in self.grads]
         if self._planned != rule or not self.plan.load(self.grads):
             self.plan, self.slabs = make(self, rule)
@@ -547,8 +549,6 @@ class BucketedOptimizer(PairedOptimizer):
             changed = self._align() or changed
         others = self._live_others()
         live = [b for b in self._buckets if b.live]
-        for bucket in live:
-            check_dense(bucket.grads)
         any_gradient = bool(live or others)
         if changed or not any_gradient or self._locator.orphans():
             self._locator.look_after(any_gradient)

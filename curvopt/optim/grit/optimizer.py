@@ -171,8 +171,9 @@ class GritKFAC(BucketedOptimizer):
             self._announce()
         buckets, others = self._read()
         for bucket in buckets:
-            bucket.tick()
             bucket.begin(self._rule_now(bucket), self._make_plan)
+        for bucket in buckets:  # only now: what is refused counts nowhere
+            bucket.tick()
         found_inf = self._found_inf(buckets, others)
         if self._join_config is not None:
             self._agree(found_inf)
@@ -199,8 +200,8 @@ class GritKFAC(BucketedOptimizer):
         return loss
 
     def _rule_now(self, bucket: Bucket) -> str:
-        """Return the bucket's rule in this step; plain Adam until the warm-up is over."""
-        return WARMUP if bucket.steps <= bucket.group["warmup_steps"] else bucket.group["update"]
+        """Return the bucket's rule in the step that begins; plain Adam until the warm-up is over."""
+        return WARMUP if bucket.steps < bucket.group["warmup_steps"] else bucket.group["update"]
 
     def _precondition(self, bucket: Bucket, found_inf: Tensor) -> None:
         """S ← β S + (1−β) ∇ᵀ∇/r, and let the plan read ∇ S̃^(-1/2) for ∇ in this step; plain ∇ during the warm-up.

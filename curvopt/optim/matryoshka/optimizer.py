@@ -133,9 +133,10 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         loss = self._evaluate(closure)
         buckets, others = self._read()
         for bucket in buckets:
-            bucket.tick()
             self._take_back(bucket)
             bucket.begin("row", self._make_plan, self._to_full)
+        for bucket in buckets:  # only now: what is refused counts nowhere
+            bucket.tick()
         found_inf = self._found_inf(buckets, others)
         self._enter(buckets, found_inf)  # A ← Q A, once a pair
         due = [bucket for bucket in buckets if _reorders(bucket)]
