@@ -34,8 +34,8 @@ from curvopt.ops import Ops, on_device
 
 # two passes are one if Σ u agrees to this, relatively: above the rounding of a recomputation in bfloat16
 SAME = 1e-2
-# bytes of u and d that may wait for their products on a device
-WAITING = 2**26
+# bytes of u and d that may be queued for their products on a device
+QUEUE_LIMIT = 2**26
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Store:
         sums: [2, P, r, r]: Σ uᵀu of each pair, then Σ dᵀd of each.
         index: {pair: its place}.
         n: Rows of each pair so far: numbers, or 0-d tensors where a mask counted; static: [P] float64 on the device.
-        limit: Bytes of u and d that may wait for their products.
+        limit: Bytes of u and d that may be queued for their products.
     """
 
     sums: Tensor
@@ -126,7 +126,7 @@ class _Record:
         waiting: Calls whose gradient has not arrived.
         calls: Calls counted.
         version: Of the gradient when it arrived last.
-        generation: Counts dropped gradients: products that wait for an older one are void.
+        generation: Counts dropped gradients: products queued for an older one are void.
         at_once: Whether d counts when it comes, since no hook tells of its gradient.
         to_a: Whether it is the gradient of A that tells; else that of B.
         landed: Number of the backward pass in which the gradient arrived last.
@@ -155,9 +155,9 @@ class Capture:
 
     Args:
         pairs: The pairs to watch.
-        ops: Makes the products that waited; the reference if None.
-        waiting: Bytes of u and d that may wait; by default 64 MiB where kernels run, none elsewhere.
-        static: Keep sums and counts in the same memory, and let nothing wait: a CUDA graph that reads them finds them
+        ops: Makes the products that were queued; the reference if None.
+        queue_limit: Bytes of u and d that may be queued; by default 64 MiB where kernels run, none elsewhere.
+        static: Keep sums and counts in the same memory, and queue nothing: a CUDA graph that reads them finds them
             there when it is replayed. Counts are then tensors.
         at_once: Count every backward when it comes, also those of `torch.autograd.grad`.
 
@@ -175,7 +175,7 @@ class Capture:
         self,
         pairs: Iterable[LoraPair],
         ops: Ops | None = None,
-        waiting: int | None = None,
+        queue_limit: int | None = None,
         static: bool = False,
         at_once: bool = False,
     ):
@@ -183,7 +183,7 @@ class Capture:
         self.active = True
         self.mask: Tensor | None = None
         self.fired: dict[LoraPair, int] = dict.fromkeys(self.pairs, 0)
-        self._limit = 0 if static else waiting
+        self._limit = 0 if static else queue_limit
         self._static, self._at_once = static, at_once
         self._start(Ops("torch") if ops is None else ops)
 
@@ -192,8 +192,8 @@ class Capture:
         self.stores: list[Store] = []
         self._records = {pair: _Record(pair) for pair in self.pairs}
         self._touched: set[_Record] = set()  # since the last `discard`
-        self._waiting: list[_Product] = []
-        self._waiting_bytes = 0
+        self._queue: list[_Product] = []
+        self._queued_bytes = 0
         self._hooks, self._arrivals = PairHooks(), PairHooks()
         self._many = world_size() > 1
         self._warned = False
@@ -304,7 +304,7 @@ class Capture:
 
     def discard(self) -> None:
         """Forget everything since the last time, also what is on its way."""
-        self._waiting, self._waiting_bytes, self.mask = [], 0, None
+        self._queue, self._queued_bytes, self.mask = [], 0, None
         # a replayed graph adds to static sums without a word
         for store in self.stores if self._touched or self._static else ():
             store.sums.zero_()
@@ -351,12 +351,12 @@ class Capture:
                 self._put(record, (pair.rank, compute_dtype(pair.A.dtype), pair.A.device))
 
     def flush(self) -> None:
-        """Do the products that wait, those of one store by one op."""
-        while self._waiting:
+        """Do the queued products, those of one store by one op."""
+        while self._queue:
             # one op adds to a sum once: what has the same target goes into the next round
             rounds: dict[tuple[Any, ...], list[_Product]] = {}
             taken, later = set(), []
-            for p in self._waiting:
+            for p in self._queue:
                 if p.generation != p.record.generation:
                     continue
                 target = (p.store, p.at)
@@ -367,8 +367,8 @@ class Capture:
                 rounds.setdefault((p.store, p.sign, p.z.dtype, p.mask is None), []).append(p)
             for (store, sign, *_), products in rounds.items():
                 self._add(store, products, sign)
-            self._waiting = later
-        self._waiting_bytes = 0
+            self._queue = later
+        self._queued_bytes = 0
 
     def _add(self, store: Store, products: list[_Product], sign: float) -> None:
         masks = [p.mask for p in products if p.mask is not None]
@@ -460,9 +460,9 @@ class Capture:
             return
         for half, z, sign in products:
             at = half * len(store.index) + i
-            self._waiting.append(_Product(record, record.generation, store, at, z, mask, sign))
-            self._waiting_bytes += z.nbytes
-        if self._waiting_bytes > store.limit:
+            self._queue.append(_Product(record, record.generation, store, at, z, mask, sign))
+            self._queued_bytes += z.nbytes
+        if self._queued_bytes > store.limit:
             self.flush()
 
     def _place(self, record: _Record, z: Tensor) -> tuple[Store, int]:
@@ -487,7 +487,7 @@ class Capture:
             P = len(index)
             n: Any = torch.zeros(P, dtype=torch.float64, device=device) if self._static else [0] * P
             sums = torch.zeros(2, P, r, r, dtype=dtype, device=device)
-            limit = self._limit if self._limit is not None else WAITING if on_device(sums) else 0
+            limit = self._limit if self._limit is not None else QUEUE_LIMIT if on_device(sums) else 0
             store = Store(sums, index, n, limit)
             self.stores.append(store)
         record.place = store, store.index[pair]

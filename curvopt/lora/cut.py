@@ -186,7 +186,7 @@ def truncated(
     """
     reshard(model)  # so that sharded matrices are seen as such, and refused
     pairs = find_lora_pairs(model, adapter)
-    _check_at_work(pairs)
+    check_at_work(pairs)
     made, kept = cut(pairs, ranks, energy, basis, factors, adapter)
     held = {pair: (pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs}
     try:
@@ -203,7 +203,7 @@ def truncated(
                 pair.B.copy_(B)
 
 
-def _check_at_work(pairs: Sequence[LoraPair]) -> None:
+def check_at_work(pairs: Sequence[LoraPair]) -> None:
     """Raise a ValueError if the model does not compute with the pairs; some may rest while other adapters work."""
     idle = {pair: pair.idle for pair in pairs}
     resting = [pair for pair in pairs if idle[pair]]

@@ -100,9 +100,9 @@ def test_micro_batches_sum_to_the_batch():
 def test_products_that_wait_are_the_same_sums(limit):
     x = torch.randn(12, 5, dtype=torch.float64)
     found = []
-    for waiting in (0, limit):
+    for queue_limit in (0, limit):
         model, _ = layer()
-        capture = Capture(find_lora_pairs(model), waiting=waiting)
+        capture = Capture(find_lora_pairs(model), queue_limit=queue_limit)
         capture.attach()
         for part in x.split([3, 4, 5]):
             capture.mask = torch.arange(3.0) if len(part) == 3 else None

@@ -117,6 +117,31 @@ def test_an_untrained_rank_if_asked():
             assert not layer.lora_A.weight[3:].any() and layer.lora_A.weight[:3].all()
 
 
+@pytest.mark.parametrize("how", ["merged", "disabled", "inactive"])
+def test_an_adapter_that_is_not_at_work_is_exported_and_not_truncated(how, tmp_path):
+    model = models.llama(torch.float64, adapters=("default", "other"), start="random")
+    optimizer = MatryoshkaScaledAdam(model, lr=3e-2, adapter="default")
+    models.fit(model, optimizer, 2)
+    if how == "merged":
+        model.merge_adapter()
+    elif how == "disabled":
+        model.base_model.disable_adapter_layers()
+    else:
+        model.set_adapter("other")
+    before = models.snapshot(model)
+    with pytest.raises(ValueError, match=f"is {how}: cutting it would change nothing that the model computes"):
+        optimizer.truncated(2)
+    folder = optimizer.export(tmp_path, 2)
+    models.assert_same(models.snapshot(model), before)
+    if how == "merged":
+        model.unmerge_adapter()
+    model.base_model.enable_adapter_layers()
+    model.set_adapter("default")
+    with optimizer.truncated(2):
+        # unmerging rounds the base weights
+        assert models.loss(loaded(model, folder), 9).item() == pytest.approx(models.loss(model, 9).item(), rel=1e-10)
+
+
 def test_pairs_of_smaller_rank_drop_the_larger_ranks():
     model, optimizer = trained(ranks=[2, 4])
     assert optimizer.nested_ranks() == {"first": (2, 4), "second": (2, 4), "third": (2,), "idle": (2, 4)}

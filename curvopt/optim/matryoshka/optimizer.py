@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from curvopt.distributed import used_directions
 from curvopt.functional.nested import RowSlab, Scale
 from curvopt.lora import LoraPair
+from curvopt.lora.cut import check_at_work
 from curvopt.ops import Backend
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import FULL, MOMENTS, Block, Bucket, BucketedOptimizer, on_pieces
@@ -277,12 +278,18 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
                 is no difference.
 
         Raises:
-            ValueError: the rank is below 1, above every pair's, or was not trained.
+            ValueError: the rank is below 1, above every pair's, or was not trained; or the model does not compute with
+                the adapter, which is merged into the base weights, disabled or not active.
         """
+        ranks = self._resolved(rank, strict)
+        check_at_work(list(ranks))
+        return truncation.truncated(self._model, self._nests, self.state, ranks, keep_P, self._before)
+
+    def _resolved(self, rank: int, strict: bool) -> dict[LoraPair, int]:
+        """Return the rank of every pair that stands in the model now."""
         if self._locator.moved(iter(())):
             self._follow()
-        ranks = truncation.resolve(self._nests, rank, strict)
-        return truncation.truncated(self._model, self._nests, self.state, ranks, keep_P, self._before)
+        return truncation.resolve(self._nests, rank, strict)
 
     def export(
         self, path: str | Path, rank: int, *, strict: bool = True, keep_P: bool = False, pad_to: int | None = None,
@@ -301,8 +308,9 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         Raises:
             TypeError, ValueError: see `truncated` and `curvopt.lora.export_adapter`, which refuses sharded matrices.
         """
-        ranks = truncation.resolve(self._nests, rank, strict)
-        with self.truncated(rank, strict=strict, keep_P=keep_P):
+        ranks = self._resolved(rank, strict)
+        # an adapter that is not at work is written all the same
+        with truncation.truncated(self._model, self._nests, self.state, ranks, keep_P, self._before):
             return truncation.export(self._model if model is None else model, path, ranks, self._adapter, pad_to)
 
     # ------------------------------------------------------------------ reading
