@@ -94,11 +94,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _outside(optimizer: torch.optim.Optimizer, pairs: list[LoraPair]) -> dict[str, Any]:
     """Return of any optimizer what `GritKFAC.diagnostics` returns, as far as its state shows it."""
     steps = [int(s["cadence"][0] if "cadence" in s else s["step"]) for s in optimizer.state.values() if "step" in s]
-    clocks = [int(g["clock"]) for g in optimizer.param_groups if "clock" in g]
     skipped = [int(s["skipped"]) for s in optimizer.state.values() if "skipped" in s]
     ours = optimizer if isinstance(optimizer, PairedOptimizer) else None
     return {
-        "steps": max(steps + clocks, default=0),
+        "steps": max(steps, default=0),
         "skipped_updates": max(skipped, default=0),
         "silent": [],
         "idle": [p.name for p in pairs if not (optimizer.state.get(p.A) or optimizer.state.get(p.B))],

@@ -150,13 +150,11 @@ class Recorder:
         self.close()
 
     def _count(self, optimizer: torch.optim.Optimizer | None) -> int:
-        groups = [] if optimizer is None else optimizer.param_groups
-        clocks = [group["clock"] for group in groups if "clock" in group]
-        if optimizer is not None:
-            clocks += [int(s["cadence"][0]) for s in optimizer.state.values() if "cadence" in s]
+        states = [] if optimizer is None else optimizer.state.values()
+        counts = [int(s["cadence"][0]) for s in states if "cadence" in s]
         # the process that writes goes on from the file's last step, which the others do not know
-        check("step", None, bool(clocks) or self.write, "an integer where write=False and the optimizer has no count")
-        return int(max(clocks)) if clocks else self._step + 1
+        check("step", None, bool(counts) or self.write, "an integer where write=False and the optimizer has no count")
+        return max(counts) if counts else self._step + 1
 
     def _to_tensorboard(self, entry: dict[str, Any]) -> None:
         """Scalars by name, the drift under drift/, mean ranks by projection under rank/."""

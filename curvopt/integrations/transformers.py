@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from curvopt import GritKFAC
+from curvopt.analysis import Recorder
+from curvopt.analysis.core import unwrapped
 from curvopt.integrations.factory import build_optimizer
 from curvopt.optim.checking import check, is_whole
 
@@ -111,7 +113,7 @@ class CurvatureCallback(TrainerCallback):
         self._full: dict[str, int] = {}
         check("every", every, is_whole(every) and every >= 1, "an integer ≥ 1")
         self._path, self._every = path, every
-        self._recorder: Any = None
+        self._recorder: Recorder | None = None
 
     def install(self, trainer: Trainer) -> CurvatureCallback:
         """Add this callback before the reporters, so that they see its numbers; return it."""
@@ -127,11 +129,9 @@ class CurvatureCallback(TrainerCallback):
                 "compact must be False with load_best_model_at_end=True, got True: "
                 "the ranks at the end are not those of the best model"
             )
-        for pair in getattr(acting(kwargs["optimizer"]), "pairs", ()):
+        for pair in getattr(unwrapped(kwargs["optimizer"]), "pairs", ()):
             self._full.setdefault(pair.name, pair.rank)
         if self._path is not None and self._recorder is None:
-            from curvopt.analysis import Recorder
-
             self._recorder = Recorder(self._path, self._every, write=state.is_world_process_zero)
         self._unhook()
         if self.mask_padding and kwargs.get("model") is not None:
@@ -140,7 +140,7 @@ class CurvatureCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step."""
         if self._recorder is not None:
-            self._recorder.record(acting(kwargs["optimizer"]), step=state.global_step)
+            self._recorder.record(kwargs["optimizer"], step=state.global_step)
 
     def on_log(
         self,
@@ -151,7 +151,7 @@ class CurvatureCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the numbers to the log entry and to the history."""
-        numbers = {self.prefix + name: value for name, value in self.summary(acting(kwargs["optimizer"])).items()}
+        numbers = {self.prefix + name: value for name, value in self.summary(unwrapped(kwargs["optimizer"])).items()}
         if logs is not None:
             logs.update(numbers)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -162,7 +162,7 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         """Compact the adapters if asked."""
         self._unhook()
-        optimizer = acting(kwargs["optimizer"])
+        optimizer = unwrapped(kwargs["optimizer"])
         if self.compact and hasattr(optimizer, "compact"):
             optimizer.compact()
 
@@ -203,15 +203,10 @@ def mask_padding(model: nn.Module, optimizer: Any) -> RemovableHandle:
     watched = weakref.ref(optimizer)
 
     def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask_rows = getattr(acting(watched()), "mask_rows", None)
+        alive = watched()
+        mask_rows = None if alive is None else getattr(unwrapped(alive), "mask_rows", None)
         if mask_rows is not None:
             mask = kwargs.get("attention_mask")
             mask_rows(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
 
     return model.register_forward_pre_hook(tell, with_kwargs=True)
-
-
-def acting(optimizer: Any) -> Any:
-    """Return the optimizer inside Accelerate's wrapper, or the one that GoRAInit has handed over to."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return getattr(inner, "delegate", None) or inner
