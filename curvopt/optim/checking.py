@@ -1,6 +1,8 @@
-"""What every argument is checked with."""
+"""What every argument is checked with, and how users are warned."""
 
+import inspect
 import math
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -30,3 +32,11 @@ def as_scalar(value: Any) -> Any:
 def is_whole(value: Any) -> bool:
     """Whether ``value`` is an int, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def warn(text: str) -> None:
+    """Warn at the line that led here from outside of this package and of torch, whose wrappers surround ``step``."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvopt", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)

@@ -1,6 +1,5 @@
 """Where an optimizer's parameters stand in its model, to find them again when a framework has put others there."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from curvopt.distributed import is_sharded, placed_like, reshard, world_size
 from curvopt.lora import find_lora_pairs
 from curvopt.lora.pairs import LARGEST_RANK
+from curvopt.optim.checking import warn
 
 
 class ParameterLocator:
@@ -117,7 +117,7 @@ class ParameterLocator:
 
     def _warn(self, text: str) -> None:
         self._warned = True
-        warnings.warn(text, UserWarning, stacklevel=6)
+        warn(text)
 
     def now_at(self, p: Tensor) -> Tensor:
         """Return the parameter that stands where ``p`` stood; ``p`` if none does, or while FSDP2 has it unsharded."""

@@ -7,7 +7,6 @@ since the last step, which is the same when a block is computed and when it is r
 """
 
 import itertools
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from curvopt.lora import LoraPair
 from curvopt.lora.hooks import PairHooks, Watch, backward_pass, on_arrival
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Bucket, cadence_of
-from curvopt.optim.checking import check, is_number, is_whole
+from curvopt.optim.checking import check, is_number, is_whole, warn
 
 # one more golden section for each micro-batch: offsets that fill [0, 1) evenly, however many there are
 GOLDEN = (5**0.5 - 1) / 2
@@ -257,12 +256,10 @@ class SampleMasks:
         silent = [r.nest.pair.name for r in found if self._active(r) and not r.masked and _moves(r.nest.pair)]
         if silent:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{len(silent)} pairs received gradients but no sample was masked ({', '.join(silent[:3])}"
                 f"{', ...' if len(silent) > 3 else ''}): smaller ranks are not trained. Their module for A was not "
-                "called (a fused forward), or the model is in evaluation mode: call model.train()",
-                UserWarning,
-                stacklevel=5,
+                "called (a fused forward), or the model is in evaluation mode: call model.train()"
             )
 
     def _active(self, record: _Record) -> bool:

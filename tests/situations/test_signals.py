@@ -162,14 +162,17 @@ def test_zero_gradients_of_an_idle_adapter_are_no_silence():
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_fused_forward_is_told_of_in_the_third_step(every):
-    """Also where the second observation is far away."""
+    """Also where the second observation is far away; at the line that called ``step``, a scheduler between or not."""
     model = build()
     optimizer = rank_side(model, lr=1e-2, factor_every=every)
-    with pytest.warns(UserWarning, match="2 pairs received gradients but their activations were never seen"):
+    if every == 1:
+        torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps step
+    with pytest.warns(UserWarning, match="2 pairs received gradients but their activations were never seen") as caught:
         for _ in range(3):
             for p in model.parameters():
                 p.grad = torch.ones_like(p) if p.requires_grad else None
             optimizer.step()
+    assert [w.filename for w in caught] == [__file__]
 
 
 def told(optimizer):

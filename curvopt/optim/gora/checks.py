@@ -1,6 +1,5 @@
 """What GoRAInit's arguments may be, group by group, and which adapters it can take."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from curvopt.functional.ranks import ALLOCATIONS, BUDGET_WEIGHTS
 from curvopt.lora import LoraPair
 from curvopt.lora.gradients import has_base_weight, layer_shape
 from curvopt.lora.resize import check_resize
-from curvopt.optim.checking import check, is_number, is_whole
+from curvopt.optim.checking import check, is_number, is_whole, warn
 from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, largest_rank, plan_for, role
 
 # one budget for all groups, so they must agree on everything but the learning rate
@@ -109,13 +108,11 @@ def warn_of_roles(g: dict[str, Any], pairs: Sequence[LoraPair]) -> None:
     """Warn of a budget that is shared out by importances of layers that do not compare."""
     roles = sorted({role(pair) for pair in pairs})
     if g["allocation"] in ("exact", "paper") and g["compare"] == "all" and len(roles) > 1:
-        warnings.warn(
+        warn(
             f"allocation={g['allocation']!r} compares importances of layers of {len(roles)} roles "
             f"({', '.join(map(repr, roles[:3]))}{', ...' if len(roles) > 3 else ''}): on all text tasks of the "
             "project's benchmarks such ranks raised the final loss. Use allocation='uniform', or compare='role', or "
-            "adapt one role alone, as published",
-            UserWarning,
-            stacklevel=3,
+            "adapt one role alone, as published"
         )
 
 

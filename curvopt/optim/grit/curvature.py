@@ -1,7 +1,6 @@
 """What GritKFAC knows of curvature: where S_u and S_d come from, their averages, and the r×r matrices made of them."""
 
 import itertools
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from curvopt.lora.capture import Store
 from curvopt.ops import Ops
 from curvopt.optim.base import PRECONDITIONED_BY, Side
 from curvopt.optim.bucket import Bucket, sum_over_pieces
+from curvopt.optim.checking import warn
 from curvopt.optim.grit import outer
 
 # one observation per side of a bucket [T, r, r], NaN for a pair that was not observed; the rows behind each [T], or
@@ -138,12 +138,10 @@ class Curvature:
         never = [p.name for p, n in self._unseen.items() if n > 2 and not self.capture.fired[p] and _moves(p)]
         if never:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{len(never)} pairs received gradients but their activations were never seen ({', '.join(never[:3])}"
                 f"{', ...' if len(never) > 3 else ''}): their curvature is not used. If the forward is fused, "
-                'use statistics="gradient"',
-                UserWarning,
-                stacklevel=6,
+                'use statistics="gradient"'
             )
 
     def summed(self, buckets: Sequence[Bucket]) -> None:
