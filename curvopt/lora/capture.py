@@ -482,7 +482,7 @@ class Capture:
         if store is None:
             r, dtype, device = key
             # all pairs of the rank that are not elsewhere, in their order: which one is seen first does not matter
-            index = {p: i for i, p in enumerate(q for q in self.pairs if q.rank == r)}
+            index = {p: i for i, p in enumerate(q for q in self.pairs if q.exists and q.rank == r)}
             index.setdefault(pair, len(index))
             P = len(index)
             n: Any = torch.zeros(P, dtype=torch.float64, device=device) if self._static else [0] * P

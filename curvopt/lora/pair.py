@@ -180,15 +180,45 @@ class LoraPair:
         Raises:
             ValueError: If `side` is unknown, or the strides of `tensor` allow no such view.
         """
-        if side not in ("A", "B"):
-            raise ValueError(f"side must be 'A' or 'B', got {side!r}")
         if tensor.ndim == 2:
             return tensor
+        order = self._order(side)
+        if tensor.ndim != len(order):
+            raise ValueError(f"{self.name}: {side} has {len(order)} dimensions, the tensor has {tensor.ndim}")
+        try:
+            return tensor.permute(order).view(tensor.shape[0], tensor.shape[1:].numel())
+        except RuntimeError as error:
+            raise ValueError(
+                f"no matrix view of a tensor with shape {tuple(tensor.shape)} and strides {tensor.stride()} in the "
+                f"order {order} of the dimensions of {side} of {self.name}"
+            ) from error
+
+    def unfolded(self, side: str, matrix: Tensor) -> Tensor:
+        """The view of a matrix, as `matrix` gives it, with the dimensions of A or B.
+
+        Args:
+            side: "A" or "B".
+            matrix: Contiguous; its number of directions along the rank may be another than that of the pair.
+
+        Returns:
+            A view: (k, c, kh, kw) for a convolution's A, (d_out, k, 1, 1) for its B; `matrix` itself if the parameter
+            has two dimensions.
+        """
         like = self.A if side == "A" else self.B
-        lead = 1 if side == "A" else 2
-        if tensor.ndim != like.ndim:
-            raise ValueError(f"{self.name}: {side} has {like.ndim} dimensions, the tensor has {tensor.ndim}")
-        return matrix_view(tensor, like, lead)
+        if like.ndim == 2:
+            return matrix
+        order, rank_dim = self._order(side), self.dim_A if side == "A" else self.dim_B
+        sizes = [-1 if i == rank_dim else like.shape[i] for i in order]
+        return matrix.view(sizes).permute([order.index(i) for i in range(like.ndim)])
+
+    def _order(self, side: str) -> list[int]:
+        """The dimensions of A or B as their memory has them, those that lead in the matrix view first."""
+        if side not in ("A", "B"):
+            raise ValueError(f"side must be 'A' or 'B', got {side!r}")
+        like, lead = (self.A, 1) if side == "A" else (self.B, 2)
+        # Length-one dimensions carry arbitrary strides and never matter to the order.
+        inner = sorted(range(lead, like.ndim), key=lambda i: (like.shape[i] == 1, -like.stride()[i]))
+        return [*range(lead), *inner]
 
 
 def is_peft(module: nn.Module) -> bool:
@@ -213,29 +243,3 @@ def read_number(module: nn.Module | None, *words: str) -> float | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     return None
-
-
-def matrix_view(tensor: Tensor, like: Tensor, lead: int) -> Tensor:
-    """View `tensor` as a matrix whose columns run in the memory order of `like`.
-
-    Args:
-        tensor: (n, ...), of the same number of dimensions as `like`.
-        like: The parameter whose strides set the order of the dimensions from `lead` on.
-        lead: How many leading dimensions stay where they are.
-
-    Returns:
-        (n, everything else), sharing memory with `tensor`.
-
-    Raises:
-        ValueError: If the strides of `tensor` allow no such view.
-    """
-    # Length-one dimensions carry arbitrary strides and never matter to the order.
-    order = sorted(range(lead, like.ndim), key=lambda i: (like.shape[i] == 1, -like.stride()[i]))
-    moved = tensor.permute(*range(lead), *order)
-    try:
-        return moved.view(tensor.shape[0], tensor.shape[1:].numel())
-    except RuntimeError as error:
-        raise ValueError(
-            f"no matrix view of a tensor with shape {tuple(tensor.shape)} and strides {tensor.stride()} "
-            f"in the order of a parameter with strides {like.stride()}"
-        ) from error

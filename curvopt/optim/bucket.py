@@ -10,6 +10,7 @@ and what ``optimizer.state`` holds are DTensors.
 changed, and finding that out is all that a step spends on it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
@@ -213,11 +214,11 @@ class Bucket:
     def _bind_wide(self, key: str, directions: int | None, states: Mapping[Tensor, State]) -> None:
         """Make one kind of state that is as wide as the parameters, in one flat tensor."""
         like = [_Layout(block.sides[0], directions) for block in self.blocks]
-        total = sum(len(block.sides) * X.matrix.numel() for block, X in zip(self.blocks, like, strict=True))
+        total = sum(len(block.sides) * math.prod(X.shape) for block, X in zip(self.blocks, like, strict=True))
         flat, at = torch.zeros(total, dtype=self.dtype, device=self.device), 0
         for block, layout in zip(self.blocks, like, strict=True):
-            end = at + len(block.sides) * layout.matrix.numel()
-            kept = block.wide[key] = flat[at:end].view(len(block.sides), *layout.matrix.shape)
+            end = at + len(block.sides) * math.prod(layout.shape)
+            kept = block.wide[key] = flat[at:end].view(len(block.sides), *layout.shape)
             at = end
             if directions is not None:
                 kept.copy_(_start(block, directions))
@@ -474,43 +475,28 @@ class _Layout:
         directions: how many it has along the rank; None for those of the parameter.
 
     Attributes:
-        matrix: a meta tensor with the shape of the matrix on this process.
+        shape: of the matrix on this process.
     """
 
     def __init__(self, side: Side, directions: int | None) -> None:
-        shards, dim = side.shards, side.rank_dim - 1
-        if directions is not None and shards is not None:
-            shape = tuple(directions if i == dim else n for i, n in enumerate(shards.shape))
-            shards = replace(shards, shape=shape)
-        self._shards = shards
-        if shards is None:
-            self._like = _in_memory_order(side.param, dim, directions)
-        else:
-            self._like = torch.empty(shards.work_shape, device="meta")
-        self.matrix = side.matrix(self._like)
+        shards, dim, whole = side.shards, side.rank_dim - 1, side.param.shape
+        if directions is not None:
+            whole = torch.Size(directions if i == dim else n for i, n in enumerate(whole))
+        self._shards = None if shards is None else replace(shards, shape=tuple(whole))
+        held = whole if self._shards is None else torch.Size(self._shards.work_shape)
+        self.shape = held[0], held[1:].numel()
 
     def kept(self, side: Side, value: Tensor) -> Tensor:
         """Return a saved tensor as a matrix of the block."""
         if self._shards is not None:
             return side.matrix(self._shards.piece(value).contiguous())
-        return side.matrix(torch.empty_like(self._like, dtype=value.dtype, device=value.device).copy_(value))
+        made = value.new_empty(self.shape)
+        self.shown(side, made).copy_(value)
+        return made
 
     def shown(self, side: Side, row: Tensor) -> Tensor:
         """Return a matrix of the block with the dimensions of the parameter; rows hold its memory order."""
-        if self._shards is not None:
-            return self._shards.wrap(row)
-        if side.param.ndim == 2:
-            return row
-        return row.as_strided(self._like.shape, self._like.stride(), row.storage_offset())
-
-
-def _in_memory_order(p: Tensor, dim: int, n: int | None) -> Tensor:
-    """Return a meta tensor shaped like ``p``, with n entries along ``dim`` if given, in the memory order of ``p``."""
-    if n is None:
-        return torch.empty_like(p, device="meta")
-    order = sorted(range(p.ndim), key=lambda i: (p.shape[i] == 1, -p.stride()[i]))
-    made = torch.empty([n if i == dim else p.shape[i] for i in order], device="meta")
-    return made.permute([order.index(i) for i in range(p.ndim)])
+        return side.pair.unfolded(side.name, row) if self._shards is None else self._shards.wrap(row)
 
 
 def _start(block: Block, k: int) -> Tensor:

@@ -128,7 +128,8 @@ def test_the_dense_outer_factor_of_a_standing_gradient_is_that_gradients():
             torch.testing.assert_close(got, S, rtol=0, atol=1e-6 * S.norm().item())
 
 
-def test_convolutions_give_matrices():
+@pytest.mark.parametrize("r", [1, 2])
+def test_convolutions_give_matrices(r):
     """A factor has the layout of the mathematics, (k, d), whatever the layout of the parameter."""
     torch.manual_seed(0)
 
@@ -136,8 +137,8 @@ def test_convolutions_give_matrices():
         def __init__(self):
             super().__init__()
             self.base = nn.Conv2d(3, 5, 3)
-            self.lora_A = nn.Conv2d(3, 2, 3, bias=False)
-            self.lora_B = nn.Conv2d(2, 5, 1, bias=False)
+            self.lora_A = nn.Conv2d(3, r, 3, bias=False)
+            self.lora_B = nn.Conv2d(r, 5, 1, bias=False)
 
         def forward(self, x):
             return self.base(x) + self.lora_B(self.lora_A(x))

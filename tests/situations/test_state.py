@@ -191,6 +191,7 @@ def test_a_successor_is_told_of_whatever_else_trains(case):
         optimizer.step()
 
 
+@pytest.mark.parametrize("when", ["at first", "after a step", "after a load"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -201,14 +202,18 @@ def test_a_successor_is_told_of_whatever_else_trains(case):
     ],
     ids=["polar", "activation", "nested", "stratified"],
 )
-def test_a_resting_adapter_may_be_deleted(make):
+def test_a_resting_adapter_may_be_deleted(make, when):
     """The run goes on as that of a model that never had it."""
     model, twin = other(build()), build()
     optimizer, alone = make(model, lr=1e-2), make(twin, lr=1e-2)
-    steps(model, optimizer)
+    both = ((model, optimizer), (twin, alone))
+    for trained, its in both if when != "at first" else ():
+        steps(trained, its)
+        if when == "after a load":
+            its.load_state_dict(its.state_dict())
     model.delete_adapter("other")
-    steps(model, optimizer, 2)
-    steps(twin, alone, 3)
+    for trained, its in both:
+        steps(trained, its, 2)
     assert weights(model).keys() == weights(twin).keys()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert [p.name for p in optimizer.pairs] == [p.name for p in alone.pairs]
