@@ -202,6 +202,33 @@ def test_the_effective_adapter_is_changed_by_steps_alone(nesting, start):
         models.assert_same(models.snapshot(model), once)
 
 
+def test_a_frozen_A_is_refused_where_it_had_to_become_P_A():
+    """Nothing but plain LoRA would be trained. An A that was brought to P A before may be frozen; B ≠ 0 tells that."""
+    for nesting in ("matryoshka", "dylora", "stratified"):
+        for start, allowed in (("zero", {"stratified"}), ("random", {"stratified", "matryoshka"})):
+            model = models.mlp(start=start)
+            optimizer = MatryoshkaScaledAdam(model, lr=1e-2, nesting=nesting)
+            for layer in model.layers:
+                layer.lora_A.weight.requires_grad_(False)
+            if nesting in allowed:
+                models.fit(model, optimizer, 2)
+                continue
+            before = models.snapshot(model)
+            with pytest.raises(ValueError, match="nesting of first must be 'stratified' where A is frozen"):
+                models.fit(model, optimizer, 1)
+            models.assert_same(models.snapshot(model), before)
+            for layer in model.layers:
+                layer.lora_A.weight.requires_grad_(True)
+            models.fit(model, optimizer, 1)
+            for layer in model.layers:
+                layer.lora_A.weight.requires_grad_(False)
+            held = set()
+            for i in range(12):
+                models.fit(model, optimizer, 1, i)
+                held.add(int(model.first.lora_A.weight.any(1).sum()))
+            assert held == ({1, 2, 4} if nesting == "dylora" else {4})  # the draws go on
+
+
 def test_an_adapter_that_comes_with_b_keeps_its_bits_and_trains_with_its_rates():
     model = models.mlp(start="random")
     twin = explicit(model, lambda r: diagonal((1, 2, r), r))
@@ -296,6 +323,59 @@ def test_settings_edited_in_flight_keep_the_adapter():
     group["nesting"] = "dylora"
     with pytest.raises(ValueError, match="nesting must be what it was when the optimizer was made, 'matryoshka'"):
         models.fit(model, optimizer, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("start", "edit"),
+    [
+        ({}, {"ranks": (1, 3, 4)}),
+        ({}, {"ranks": (2, 3, 4)}),
+        ({"ranks": (1, 2), "scale": "rank"}, {"ranks": (1, 2, 4)}),
+        ({"scale": "rank"}, {"scale": "none"}),
+        ({"scale": "none"}, {"scale": "sqrt", "ranks": (1, 3, 4)}),
+    ],
+)
+@pytest.mark.parametrize("steps", [3, 4, 5, 6])
+def test_settings_of_dylora_edited_in_flight_keep_the_adapter(start, edit, steps):
+    """Whatever rank the module holds then: ΔW at the largest rank, the proportions of A, and what Adam has of it."""
+    model = models.mlp(start="zero")
+    optimizer = MatryoshkaScaledAdam(model, **HYPER, nesting="dylora", **start)
+    models.fit(model, optimizer, steps)
+
+    def state():
+        with optimizer.truncated(max(ranks[-1] for ranks in optimizer.nested_ranks().values())):
+            shown = deltas(model)
+        own = [optimizer.state[layer.lora_A.weight] for layer in (model.first, model.second, model.third)]
+        return shown, [{key: own[key].clone() for key in ("full", "exp_avg", "exp_avg_sq")} for own in own]
+
+    before, kept = state()
+    optimizer.param_groups[0].update(edit, lr=0.0)
+    for p in model.parameters():
+        p.grad = None if p.grad is None else torch.zeros_like(p)
+    optimizer.step()
+    after, now = state()
+    for X, Y, was, own in zip(after, before, kept, now, strict=False):
+        torch.testing.assert_close(X, Y, rtol=1e-12, atol=1e-15)
+        c = own["full"].norm() / was["full"].norm()
+        b1, b2 = HYPER["betas"]
+        for key, factor in (("full", c), ("exp_avg", b1 / c), ("exp_avg_sq", b2 / c**2)):
+            torch.testing.assert_close(own[key], factor * was[key], rtol=1e-12, atol=1e-15)
+    models.fit(model, optimizer, 2, steps)
+
+
+def test_ranks_in_use_cannot_be_edited_away():
+    for nesting in ("matryoshka", "dylora"):
+        model = models.mlp(start="zero")
+        optimizer = MatryoshkaScaledAdam(model, nesting=nesting, **HYPER)
+        models.fit(model, optimizer, 4)
+        optimizer.param_groups[0]["ranks"], before = (1, 2), models.snapshot(model)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="ranks must be up to 4 where that many directions are in use"):
+                optimizer.step()
+        models.assert_same(models.snapshot(model), before)
+        optimizer.param_groups[0]["ranks"] = (1, 3, 4)
+        models.fit(model, optimizer, 1, 4)
+        assert optimizer.nested_ranks()["first"] == (1, 3, 4)
 
 
 def test_bf16_follows_the_explicit_form():

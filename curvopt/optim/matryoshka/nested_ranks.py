@@ -35,6 +35,7 @@ class NestedRanks:
         pair: the pair.
         group: the param group.
         ranks: its trained ranks, ascending: the group's up to r.
+        scale: the group's s(ρ); with the ranks as they were when the group was last read.
         scaling: s of the module's s B Ã, divided out of Ã.
         drawn: DyLoRA's ρ that the module holds; None: the largest.
     """
@@ -42,6 +43,7 @@ class NestedRanks:
     pair: LoraPair
     group: dict[str, Any]
     ranks: tuple[int, ...]
+    scale: str
     scaling: float
     drawn: int | None = None
 
@@ -58,7 +60,7 @@ class NestedRanks:
     @property
     def P(self) -> tuple[float, ...]:
         """P of what the module holds now."""
-        r, scale = self.pair.rank, self.group["scale"]
+        r, scale = self.pair.rank, self.scale
         if self.masked:
             return (self.scaling,) * r
         if self.sampled:
@@ -76,7 +78,7 @@ class NestedRanks:
 
     def prefix(self, rank: int, full: bool) -> tuple[float, ...]:
         """Return the factors that take the rows of Ã (or, if ``full``, of A itself) to the adapter of one rank."""
-        r, scale = self.pair.rank, self.group["scale"]
+        r, scale = self.pair.rank, self.scale
         if self.masked:
             return sampled_diagonal(rank, r)
         if full:
@@ -84,10 +86,10 @@ class NestedRanks:
         P = sampled_diagonal(self.ranks[-1], r, scale) if self.sampled else self.P
         return prefix(P, rank, scale)
 
-    def check_unused(self) -> None:
-        """Raise a ValueError if directions above the largest rank take part in ΔW."""
+    def check_unused(self, A: Tensor | None = None) -> None:
+        """Raise a ValueError if directions above the largest rank take part in ΔW; ``A`` if the module lacks some."""
         pair = self.pair
-        A, B = used_directions((pair.A, pair.B), (pair.dim_A, pair.dim_B))
+        A, B = used_directions((pair.A if A is None else A, pair.B), (pair.dim_A, pair.dim_B))
         used = (A & B)[self.ranks[-1] :]
         allowed = f"up to {pair.rank} where that many directions are in use ({pair.name})"
         check("ranks", self.ranks, not used.any(), allowed)
@@ -103,7 +105,7 @@ def nests(sides: Sequence[Side], draw: float | None) -> dict[LoraPair, NestedRan
     for s in sides:
         if s.pair not in made:
             ranks = own_ranks(s.group, s.pair.rank)
-            nest = made[s.pair] = NestedRanks(s.pair, s.group, ranks, s.pair.scaling)
+            nest = made[s.pair] = NestedRanks(s.pair, s.group, ranks, s.group["scale"], s.pair.scaling)
             if nest.sampled and draw is not None and ranks:
                 nest.draw(draw)
     return made

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from curvopt.distributed import used_directions
+from curvopt.distributed import placed_like, used_directions, whole
 from curvopt.functional.nested import RowSlab, Scale
 from curvopt.lora import LoraPair
 from curvopt.lora.cut import check_at_work
@@ -45,7 +45,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
     at the rank drawn last, and what is saved of it has the other rows at zero: evaluate and save inside of `truncated`,
     or save by `export`. An adapter that starts with B ≠ 0 is interpreted as B Ã: its ΔW is kept, and a saved adapter
     can be trained further, with or without its optimizer state. Clipping by the global norm before the step is the only
-    operation for which a module that computes B P A itself would differ: its ∂L/∂A is Q times ours.
+    operation for which a module that computes B P A itself would differ: its ∂L/∂A is Q times ours. A must have a
+    gradient in the first step that B takes; where it is frozen (LoRA-FA) only ``"stratified"`` works.
 
     ``"stratified"`` (our derivation) trains an ordinary adapter so that its leading directions can be used alone. A
     forward hook on the module of A zeroes the directions of u = A x above the rank of each sample, in training mode
@@ -83,7 +84,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
 
     A step with a non-finite gradient changes nothing and is counted (on the CPU this is detected from the sum of the
     gradients, so that a sum beyond the dtype's range counts as non-finite). ``ranks`` and ``scale`` may be edited: ΔW
-    is kept, and the learning rates of the rows follow.
+    is kept (with ``"dylora"``, at the largest rank), and the learning rates of the rows follow; ranks whose directions
+    are in use cannot be left out.
 
     Raises:
         TypeError: see `PairedOptimizer`; or ``generator`` is no CPU generator.
@@ -225,7 +227,16 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for pair in (s.pair for s in sides if s.name == "A" and s.pair not in fresh):
             self._nests[pair].check_unused()  # ΔW as it came is that of the largest rank
             self._nests[pair].drawn = None
-        entering = fresh & {s.pair for s in sides if s.name == "A"}
+        with_A = {s.pair for s in sides if s.name == "A"}
+        entering = fresh & with_A
+        for pair in (s.pair for s in B if not self._knows_A(s.pair)):
+            nest = self._nests[pair]
+            free = nest.masked or (not nest.sampled and (pair not in fresh or set(nest.rates) == {1.0}))
+            check(
+                f"nesting of {pair.name}", nest.group["nesting"], free or pair in with_A,
+                "'stratified' where A is frozen or without a gradient: with others A is brought to P A in the first step "
+                "that B takes",
+            )  # fmt: skip
         for block, bucket in first:
             if block.sides[0].name == "A":
                 self._start(block, entering)
@@ -236,6 +247,10 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for bucket in new:
             bucket.plan.load(bucket.grads)
         self._entered.update(new)
+
+    def _knows_A(self, pair: LoraPair) -> bool:
+        """Whether the A of a pair has taken steps, in another run maybe."""
+        return float(self.state.get(pair.A, {}).get("step", 0)) > 0
 
     def _start(self, block: Block, entering: set[LoraPair]) -> None:
         """Write the start of A into the state where it is kept there, else into the module."""
@@ -361,7 +376,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         nests.check_group(g)
 
     def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
-        """Take ranks and scales that were edited; ΔW stays."""
+        """Take ranks and scales that were edited; ΔW at the largest rank stays."""
         super()._check_edit(before, g)
         check(
             "nesting",
@@ -370,7 +385,26 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             f"what it was when the optimizer was made, {before['nesting']!r}",
         )
         if any(before[key] != g[key] for key in ("ranks", "scale")):
-            self._index_pairs()
+            self._take_edit()
+
+    def _take_edit(self) -> None:
+        """Find the nested ranks anew; of what is in training ΔW at the largest rank stays."""
+        for bucket in self._buckets:
+            self._take_back(bucket)  # by the ranks and scales until now
+        former = {id(pair.A): nest for pair, nest in self._nests.items() if pair.exists}
+        for pair, nest in nests.nests(self._sides, None).items():
+            if id(pair.A) in former and nest.ranks[-1] < former[id(pair.A)].ranks[-1]:
+                nest.check_unused(self.state.get(pair.A, {}).get(FULL))
+        self._index_pairs()
+        for pair, nest in self._nests.items():
+            was, own = former.get(id(pair.A)), self.state.get(pair.A, {})
+            if was is not None and FULL in own and own["step"] > 0:
+                nest.drawn = was.drawn or was.ranks[-1]  # until the end of the step, the module holds that rank
+                c = was.prefix(was.ranks[-1], full=True)[0] / nest.prefix(nest.ranks[-1], full=True)[0]
+                own[FULL].mul_(c)
+                own["exp_avg"].div_(c)
+                own["exp_avg_sq"].div_(c * c)
+                pair.A.copy_(placed_like(pair.A, scaled_rows(whole(own[FULL]), nest.rates, pair.dim_A)))
 
     def _note_params(self) -> None:
         nests.check_pairs(self._sides)
