@@ -1,6 +1,7 @@
 """Putting the directions of pairs in order: which pairs have a basis to choose, and the order by B A alone."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,32 @@ Entangled = dict[LoraPair, Tensor]
 
 # above it a loss depends on more than B A: far above the rounding of bfloat16 gradients, below what mixers do
 ASYMMETRY = 0.1
+
+
+class Turn(NamedTuple):
+    """Whose basis changes in a step.
+
+    Attributes:
+        pairs: those pairs.
+        buckets: with gradients in this step, that hold their sides.
+    """
+
+    pairs: set[LoraPair]
+    buckets: list[Bucket]
+
+
+def turn_of(due: Sequence[Bucket], able: Sequence[Bucket]) -> Turn:
+    """Return whose basis changes where the buckets ``due`` ask for it; ``able`` are those that can take part.
+
+    A pair goes by its side with more steps. Its other side, which was frozen or idle for a while, counts otherwise, and
+    would be due in other steps.
+    """
+    places: dict[LoraPair, list[Bucket]] = {}
+    for bucket in able:
+        for side in bucket.sides:
+            places.setdefault(side.pair, []).append(bucket)
+    pairs = {pair for pair, own in places.items() if max(own, key=lambda bucket: (bucket.steps, bucket in due)) in due}
+    return Turn(pairs, [bucket for bucket in able if not pairs.isdisjoint(side.pair for side in bucket.sides)])
 
 
 def entangled(buckets: Sequence[Bucket], masked: Iterable[MaskedPair] = ()) -> Entangled:
@@ -62,15 +89,15 @@ def free(pairs: Iterable[LoraPair], held: Entangled, device: torch.device) -> Te
     return ~torch.stack([held.get(pair, no) for pair in pairs])
 
 
-def alike(buckets: Sequence[Bucket]) -> list[dict[LoraPair, tuple[Place, Place]]]:
-    """Group the pairs with both sides, theirs alone, in ``buckets`` by rank, device, dtype and settings."""
+def alike(turn: Turn, buckets: Sequence[Bucket]) -> list[dict[LoraPair, tuple[Place, Place]]]:
+    """Group the pairs of a turn with both sides, theirs alone, in ``buckets`` by rank, device, dtype and settings."""
     places: dict[LoraPair, dict[str, Place]] = {}
     for bucket in buckets:
         for i, side in enumerate(bucket.sides):
             places.setdefault(side.pair, {})[side.name] = (bucket, i)
     grouped: dict[tuple[object, ...], dict[LoraPair, tuple[Place, Place]]] = {}
     for pair, found in places.items():
-        if len(found) == 2 and not pair.shared:
+        if len(found) == 2 and pair in turn.pairs and not pair.shared:
             bucket = found["A"][0]
             key = (bucket.r, bucket.device, bucket.compute_dtype, id(bucket.group))
             grouped.setdefault(key, {})[pair] = (found["A"], found["B"])
@@ -89,17 +116,18 @@ def weight_factors(buckets: Sequence[Bucket]) -> dict[Bucket, Tensor]:
     return dict(zip(buckets, found, strict=True))
 
 
-def reorder(buckets: Sequence[Bucket], found_inf: Mapping[torch.device, Tensor], held: Entangled) -> None:
+def reorder(turn: Turn, found_inf: Mapping[torch.device, Tensor], held: Entangled) -> None:
     """A ← T A, B ← B T⁻¹ into the order of the singular values of B A, and Adam's moments with them.
 
     First moments map as gradients do, second moments by the squared entries. ΔW is unchanged to a rounding of the
     parameters. Pairs with a frozen or idle side, those whose B is still zero, and those that ``held`` says stay as they
     are, and so does all of a step whose gradients were not finite.
     """
+    buckets = turn.buckets
     grams = weight_factors(buckets)
     M = {b: [torch.eye(b.r, dtype=torch.float64, device=b.device).repeat(len(b.sides), 1, 1) for _ in "pg"]
          for b in buckets}  # fmt: skip
-    for pairs in alike(buckets):
+    for pairs in alike(turn, buckets):
         G_A, G_B = (torch.stack([grams[b][i] for b, i in column]) for column in zip(*pairs.values(), strict=True))
         gauge = basis.balanced(G_A, G_B, keep_scale=False)
         chosen = free(pairs, held, G_A.device)[:, None, None]

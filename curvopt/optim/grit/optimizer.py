@@ -19,7 +19,7 @@ from curvopt.optim.grit import diagnostics, outer, reproject, settings
 from curvopt.optim.grit.curvature import Curvature, Source, live_rank, rule_of, small_state, source_of
 from curvopt.optim.grit.factors import OuterFactor, PairFactors, outer_factors, rank_factors
 from curvopt.optim.nesting import MaskedPair, SampleMasks, StepDraw, sample_ranks, steps_taken
-from curvopt.optim.reordering import entangled
+from curvopt.optim.reordering import entangled, turn_of
 
 T = TypeVar("T", bound="GritKFAC")
 WARMUP = "warm-up"  # Adam without a matrix
@@ -185,14 +185,17 @@ class GritKFAC(BucketedOptimizer):
                 self._curvature.refresh(bucket, found_inf[bucket.device])  # M ← f(Ŝ + λI)
         reprojected = [b for b in buckets if b.due("reproject_every")]
         if reprojected:  # gradients are those of the weights before the step
-            self._curvature.entangled |= entangled(reprojected, self._masks.pairs)
+            turn = turn_of(reprojected, [b for b in buckets if b.steps > b.group["warmup_steps"]])
+            self._curvature.entangled |= entangled(turn.buckets, self._masks.pairs)
         for bucket in buckets:
             if bucket.outer_rank:
                 self._precondition(bucket, found_inf[bucket.device])  # ∇ ← ∇ S̃^(-1/2), in what the rule reads
             bucket.step(found_inf[bucket.device])  # p ← p (1 − lr·wd) + rule(M, ∇)
         self._update_others(others, found_inf)
         if reprojected:
-            reproject.change_basis(reprojected, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
+            reproject.change_basis(turn, found_inf, self._curvature)  # A ← T A, B ← B T⁻¹, mask
+            for bucket in reprojected:
+                bucket.did("reproject_every", found_inf[bucket.device])
         if self._curvature.capture.pairs:
             self._curvature.arm(self._buckets, self._loose)
         if self._masks.pairs:

@@ -12,27 +12,29 @@ from curvopt.lora import LoraPair
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Block, Bucket
 from curvopt.optim.grit.curvature import Curvature, rule_of
-from curvopt.optim.reordering import Entangled, Place, alike, free, weight_factors
+from curvopt.optim.reordering import Entangled, Place, Turn, alike, free, weight_factors
 
 # rows of u and d before the published code lets d have a basis of its own
 MIN_SAMPLES = 64
 
 
-def change_basis(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
+def change_basis(turn: Turn, found_inf: dict[torch.device, Tensor], curvature: Curvature) -> None:
     """Change the basis, and with it the rank, as each group asks; not that of entangled pairs."""
     held = curvature.entangled
-    gauged = [b for b in buckets if b.group["reprojection"] == "balanced"]
-    projected = [b for b in buckets if b.group["reprojection"] in ("paper", "paper-one-sided")]
+    gauged = [b for b in turn.buckets if b.group["reprojection"] == "balanced"]
+    projected = [b for b in turn.buckets if b.group["reprojection"] in ("paper", "paper-one-sided")]
     if gauged:
-        balanced(gauged, found_inf, curvature, held)
+        balanced(turn, gauged, found_inf, curvature, held)
     if projected:
-        published(projected, found_inf, held)
-    for bucket in buckets:
-        bucket.did("reproject_every", found_inf[bucket.device])
+        published(turn, projected, found_inf, held)
 
 
 def balanced(
-    buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], curvature: Curvature, held: Entangled
+    turn: Turn,
+    buckets: Sequence[Bucket],
+    found_inf: dict[torch.device, Tensor],
+    curvature: Curvature,
+    held: Entangled,
 ) -> None:
     """Bring every pair with gradients into the balanced gauge and, with a threshold, zero its cheapest directions.
 
@@ -48,7 +50,7 @@ def balanced(
     grams = weight_factors([bucket for bucket in buckets if "factor" not in bucket.state])
     maps: dict[Side, tuple[Tensor, Tensor]] = {}
     lifted: dict[Side, Tensor] = {}
-    for pairs in alike(buckets):
+    for pairs in alike(turn, buckets):
         a = [places[0] for places in pairs.values()]
         bucket = a[0][0]
         S_u, S_d = _factors(pairs, grams)
@@ -135,13 +137,13 @@ def _seeded(block: Block, X: Tensor, k: Tensor, lifted: dict[Side, Tensor], step
     return rows if block.rank_dim == 1 else rows.mT
 
 
-def published(buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], held: Entangled) -> None:
+def published(turn: Turn, buckets: Sequence[Bucket], found_inf: dict[torch.device, Tensor], held: Entangled) -> None:
     """A ← P_a A and B ← B P_g as GRIT publishes it: moments and factors stay, tensors and masks too.
 
     The number of directions kept is noted in the state as ``kept``.
     """
     maps: dict[Side, Tensor] = {}
-    for pairs in alike(buckets):
+    for pairs in alike(turn, buckets):
         a = [places[0] for places in pairs.values()]
         g, r = a[0][0].group, a[0][0].r
         S_u, S_d = _factors(pairs, {})

@@ -23,7 +23,7 @@ from curvopt.optim.matryoshka import nested_ranks as nests
 from curvopt.optim.matryoshka import truncation
 from curvopt.optim.matryoshka.nested_ranks import scaled_rows
 from curvopt.optim.nesting import FULL_SHARE, REORDER_EVERY, WARMUP, MaskedPair, SampleMasks, StepDraw, steps_taken
-from curvopt.optim.reordering import entangled, reorder
+from curvopt.optim.reordering import entangled, reorder, turn_of
 
 DRAWING = ("dylora", "stratified")
 
@@ -143,12 +143,13 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         found_inf = self._found_inf(buckets, others)
         self._enter(buckets, found_inf)  # A ← Q A, once a pair
         due = [bucket for bucket in buckets if _reorders(bucket)]
-        held = entangled(due, self._masks.pairs)  # gradients are those of the weights before the step
+        turn = turn_of(due, buckets)
+        held = entangled(turn.buckets, self._masks.pairs)  # gradients are those of the weights before the step
         for bucket in buckets:
             bucket.step(found_inf[bucket.device])  # row by row: lr Q_i, ε / Q_i
         self._update_others(others, found_inf)
         if due:
-            reorder(due, found_inf, held)  # A ← T A, B ← B T⁻¹
+            reorder(turn, found_inf, held)  # A ← T A, B ← B T⁻¹
         self._draw()  # DyLoRA: Ã ← P_ρ A / s for the next ρ
         self._masks.advance(self._draws.last, self._buckets, buckets)
         return loss
@@ -234,8 +235,8 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             free = nest.masked or (not nest.sampled and (pair not in fresh or set(nest.rates) == {1.0}))
             check(
                 f"nesting of {pair.name}", nest.group["nesting"], free or pair in with_A,
-                "'stratified' where A is frozen or without a gradient: with others A is brought to P A in the first step "
-                "that B takes",
+                "'stratified' where A is frozen or without a gradient: with others A is brought to P A in B's first "
+                "step",
             )  # fmt: skip
         for block, bucket in first:
             if block.sides[0].name == "A":
