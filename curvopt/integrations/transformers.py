@@ -130,6 +130,11 @@ class CurvatureCallback(TrainerCallback):
                 "the ranks at the end are not those of the best model"
             )
         for pair in getattr(unwrapped(kwargs["optimizer"]), "pairs", ()):
+            if self.compact and pair.module is None:
+                raise ValueError(
+                    "compact must be False with an optimizer that knows its parameters by their names alone, got True: "
+                    "give the optimizer the model, or model="
+                )
             self._full.setdefault(pair.name, pair.rank)
         if self._path is not None and self._recorder is None:
             self._recorder = Recorder(self._path, self._every, write=state.is_world_process_zero)

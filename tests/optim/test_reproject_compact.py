@@ -117,6 +117,23 @@ def test_peft_saves_and_loads_a_compacted_adapter(rslora, tmp_path):
     assert {pair.name: pair.rank for pair in find_lora_pairs(loaded)} == live
 
 
+def test_pairs_known_by_name_alone_are_not_cut():
+    """Their layers and their config would go on to say the old rank, and the saved adapter would not load."""
+    for given in (False, True):
+        model = models.llama(torch.float32, r=6, start="random")
+        settings = {"lr": 1e-2, "rank_threshold": 0.5, "reproject_every": 2, "min_rank": 1}
+        optimizer = GritKFAC(model.named_parameters(), **settings, model=model if given else None)
+        models.fit(model, optimizer, 12)
+        before = models.snapshot(model, optimizer)
+        if given:
+            live = optimizer.compact()
+            assert {pair.name: pair.module.r["default"] for pair in optimizer.pairs} == live and min(live.values()) < 6
+            continue
+        with pytest.raises(ValueError, match="found by the names of its parameters.*Give the optimizer the model"):
+            optimizer.compact()
+        models.assert_same(models.snapshot(model, optimizer), before)
+
+
 def test_state_that_happens_to_be_square_is_not_cut():
     """r = k = d_in: the basis of the outer factor of A is r×r, and not on the rank side."""
     torch.manual_seed(0)

@@ -105,6 +105,7 @@ def test_new_group_dicts_go_on(make):
         ({"inverse_every": 0}, "inverse_every must be an integer ≥ 1, got 0"),
         ({"betas": (2, 0)}, "betas must be two numbers in [0, 1), got (2, 0)"),
         ({"outer_rank": 4}, "outer_rank must be what it was at the first step, 0"),
+        ({"reprojection": "paper"}, "reprojection must be 'balanced', as at the first step: the state depends on it"),
         ({"outer_rank": "4"}, "outer_rank must be an integer ≥ 0, got '4'"),
         ({"eps": None}, "eps must be a number ≥ 0, got None"),
         ({"rank_threshold": 2}, "rank_threshold must be None or a number in (0, 1], got 2"),

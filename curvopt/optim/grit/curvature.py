@@ -24,6 +24,8 @@ from curvopt.optim.grit import outer
 # one observation per side of a bucket [T, r, r], NaN for a pair that was not observed; the rows behind each [T], or
 # None for one each
 Observation = tuple[Tensor, Tensor | None]
+# values of ``reprojection`` that are GRIT's own
+PUBLISHED = ("paper", "paper-one-sided")
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,6 @@ def small_state(side: Side) -> dict[str, Tensor]:
             small[rule.key] = torch.eye(r, dtype=dtype, device=device)
     small["rank"] = torch.full((), r, dtype=torch.int64, device=device)
     small["pending"] = torch.zeros((), dtype=torch.int64, device=device)
-    if (side.group["reprojection"] or "").startswith("paper"):
+    if side.group["reprojection"] in PUBLISHED:
         small["kept"] = small["rank"]
     return small | outer.small_state(side)

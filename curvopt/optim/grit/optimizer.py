@@ -271,12 +271,18 @@ class GritKFAC(BucketedOptimizer):
         and alpha_pattern are updated, so the model saves and loads as usual.
 
         Raises:
-            ValueError: a pair cannot be resized, for instance because it is sharded; nothing has been changed then.
+            ValueError: a pair cannot be resized, for instance because it is sharded, or known by the names of its
+                parameters alone; nothing has been changed then.
         """
         live = self.ranks()
         smaller = [pair for pair in self.pairs if live[pair.name] != pair.rank]
         for pair in smaller:
             check_resize(pair, live[pair.name])
+            if pair.module is None:
+                raise ValueError(
+                    f"{pair.name} cannot be resized: it was found by the names of its parameters, and what its layer "
+                    "and PEFT's config say of the rank would not follow. Give the optimizer the model, or model="
+                )
         for pair in smaller:
             k = live[pair.name]
             sides = [s for s in self._sides if s.pair is pair]

@@ -11,7 +11,7 @@ from curvopt.functional.inverse import eigenbasis, normalised
 from curvopt.lora import LoraPair
 from curvopt.optim.base import Side
 from curvopt.optim.bucket import Block, Bucket
-from curvopt.optim.grit.curvature import Curvature, rule_of
+from curvopt.optim.grit.curvature import PUBLISHED, Curvature, rule_of
 from curvopt.optim.reordering import Entangled, Place, Turn, alike, free, weight_factors
 
 # rows of u and d before the published code lets d have a basis of its own
@@ -22,7 +22,7 @@ def change_basis(turn: Turn, found_inf: dict[torch.device, Tensor], curvature: C
     """Change the basis, and with it the rank, as each group asks; not that of entangled pairs."""
     held = curvature.entangled
     gauged = [b for b in turn.buckets if b.group["reprojection"] == "balanced"]
-    projected = [b for b in turn.buckets if b.group["reprojection"] in ("paper", "paper-one-sided")]
+    projected = [b for b in turn.buckets if b.group["reprojection"] in PUBLISHED]
     if gauged:
         balanced(turn, gauged, found_inf, curvature, held)
     if projected:

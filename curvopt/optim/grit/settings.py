@@ -13,7 +13,7 @@ from curvopt.ops import Backend
 from curvopt.optim import nesting
 from curvopt.optim.base import Side
 from curvopt.optim.checking import check, is_number, is_whole
-from curvopt.optim.grit.curvature import SOURCES
+from curvopt.optim.grit.curvature import PUBLISHED, SOURCES
 
 # the choices, for editors and type checkers; the registries of rules and sources decide at run time
 Update = Literal["polar", "eigen", "adam", "whiten", "momentum"]
@@ -185,6 +185,9 @@ def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None
     was, now = before["nested_ranks"], g["nested_ranks"]
     same = not stepped or (was is None) == (now is None)
     check("nested_ranks", now, same, f"{'None' if was is None else 'other ranks'}, as at the first step")
+    was, now = before["reprojection"], g["reprojection"]
+    same = not stepped or was in PUBLISHED or now not in PUBLISHED
+    check("reprojection", now, same, f"{was!r}, as at the first step: the state depends on it")
 
 
 def check_pairs(sides: Sequence[Side]) -> None:
