@@ -136,6 +136,7 @@ WRONG = {
     "data is a folder": ("--data {tmp}", "--data"),
     "data is no text": ("--data {tmp}/latin", "UTF-8"),
     "data too short": ("--data {tmp}/short", "too short"),
+    "data empty": ("--data {tmp}/nothing", "too short"),
     "no retain": ("--retain {tmp}/none.txt", "--retain"),
     "retain too short": ("--retain {tmp}/short", "too short"),
     "unknown optimizer": ("--optimizer sdg", "adamw, grit"),
@@ -149,6 +150,7 @@ WRONG = {
     "length too long": ("--length 100000", "at most"),
     "threshold": ("--threshold 1.5", "--threshold"),
     "device": ("--device abacus", "abacus"),
+    "device without numbers": ("--device meta", "meta"),
     "out is a file": ("--out {tmp}/short", "--out"),
     "unknown option": ("--speed 9", "--speed"),
 }
@@ -158,6 +160,7 @@ WRONG = {
 def unusable(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").write_text("x")
+    (tmp_path / "nothing").write_text("")
     (tmp_path / "latin").write_bytes(b"caf\xe9" * 1000)
     (tmp_path / "config.json").write_text("{not json")
     return tmp_path

@@ -85,5 +85,9 @@ def plot_aurac(curves: Mapping[str, Mapping[int, float | Sequence[float]]], *, l
     return sheet
 
 
-def _values(value: float | Sequence[float]) -> list[float]:
-    return [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
+def _values(value: Any) -> list[float]:
+    """Return one number, of whatever library, or several; a list."""
+    several = len(value) if getattr(value, "ndim", 1) and hasattr(value, "__len__") else None
+    if several == 0:
+        raise ValueError(f"curves must have a value at every rank, got {value!r}")
+    return [float(value)] if several is None else [float(v) for v in value]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PLAIN = ("alpha", "beta", "A", "E")
 GAMMAS = ("gamma_r", "gamma_a", "gamma_p")
 SIGNIFICANT = 0.05
+# a fitted rise that varies by less, relative to the observed ones, says nothing of its exponents
+LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,11 @@ def _law(
     best = search(design, rise, scale)
     if nested is not None:
         best = min(best, search(design, rise, scale, [design.coordinates(nested)]), key=lambda s: s.cost)
+    if np.ptp(best.curve) <= LEAST * np.abs(rise).max():
+        raise ValueError(
+            "loss must rise with n_tokens, or fall with n_params, for alpha, beta and A to be identified: the best fit "
+            f"to these {len(rise)} observations is a constant rise of {float(best.curve.mean()):.4g}"
+        )
     n, residuals = len(rise), rise - best.curve
     wide = residuals / (1 - leverage(design.jacobian(best.x)))
     draws = []

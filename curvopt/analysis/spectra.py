@@ -86,7 +86,7 @@ def effective_rank(energy: Tensor | Sequence[float], *, normalised: bool = False
     values = torch.as_tensor(energy, dtype=torch.float64)
     if values.ndim != 1 or values.numel() == 0 or not bool((values.isfinite() & (values >= 0)).all()):
         raise ValueError(f"energy must be one row of finite numbers ≥ 0, got {energy!r}")
-    rank = float(entropy_rank(values))
+    rank = float(entropy_rank(values / values.max() if values.max() > 0 else values))  # sums of 1e308 overflow
     return rank / values.numel() if normalised else rank
 
 

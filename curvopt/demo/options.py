@@ -99,7 +99,7 @@ def check_places(args: argparse.Namespace) -> None:
     """Check the device and make the folders to write to, before the long part."""
     try:
         args.device = torch.device(args.device)
-        torch.empty(1, device=args.device)
+        torch.zeros(1, device=args.device).item()  # on "meta" there is nothing to compute
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     for option in ("out",) if args.model else ("out", "cache"):

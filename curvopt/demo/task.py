@@ -84,7 +84,7 @@ QUICK = PretrainConfig(hidden=32, layers=2, heads=2, intermediate=88, length=64,
 def byte_tokens(text: str | bytes) -> Tensor:
     """The bytes of a text as a 1-d uint8 tensor: token = byte."""
     data = text.encode("utf-8") if isinstance(text, str) else text
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def source_files() -> list[Path]:

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +88,9 @@ def test_the_plot_shows_every_method_with_its_area():
     assert axes.get_ylabel() == "token accuracy" and axes.get_xlabel() == "rank"
     with pytest.raises(ValueError, match="curves must have at least one method"):
         plot_aurac({})
+    with pytest.raises(ValueError, match="curves must have a value at every rank"):
+        plot_aurac({"one": {1: []}})
+    numpy = pytest.importorskip("numpy")
+    for number in (numpy.float32, torch.tensor):
+        (line,) = plot_aurac({"one": {1: number(0.25), 2: [number(0.5), number(1.0)]}}).axes[0].get_lines()
+        assert list(line.get_ydata()) == [0.25, 0.75]

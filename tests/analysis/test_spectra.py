@@ -69,6 +69,7 @@ def test_effective_rank_of_known_spectra():
     assert effective_rank([2.0] * 5) == pytest.approx(5)
     assert effective_rank([3.0, 0.0, 0.0]) == pytest.approx(1)
     assert effective_rank([0.0, 0.0]) == 0
+    assert effective_rank([1e308] * 4) == pytest.approx(4)
     p = [0.5, 0.25, 0.25]
     assert effective_rank([4 * x for x in p]) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)))
     assert effective_rank(torch.tensor([2.0] * 5), normalised=True) == pytest.approx(1)

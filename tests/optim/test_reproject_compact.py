@@ -129,7 +129,7 @@ def test_pairs_known_by_name_alone_are_not_cut():
             live = optimizer.compact()
             assert {pair.name: pair.module.r["default"] for pair in optimizer.pairs} == live and min(live.values()) < 6
             continue
-        with pytest.raises(ValueError, match="found by the names of its parameters.*Give the optimizer the model"):
+        with pytest.raises(ValueError, match=r"found by the names of its parameters.*Give the optimizer the model"):
             optimizer.compact()
         models.assert_same(models.snapshot(model, optimizer), before)
 
