@@ -61,8 +61,8 @@ def order_pair(pair: LoraPair, basis: Basis, factors: tuple[Tensor, Tensor] | No
     check_cut(pair, pair.rank)
     if basis == "stored":
         return OrderedPair(pair.A.detach(), pair.B.detach())
-    if getattr(pair.owner("A"), "bias", None) is not None:
-        raise ValueError(f"basis={basis!r}: the A of {pair.name} has a bias; basis='stored' keeps it")
+    if pair.bound:
+        raise ValueError(f"basis={basis!r}: {pair.bound} ({pair.name}); basis='stored' keeps it")
     A, B = (_rank_first(pair, side).to(torch.float64) for side in "AB")
     if basis == "svd":
         A, B_last, sigma = product_svd(A, B.mT)

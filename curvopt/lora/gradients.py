@@ -191,7 +191,8 @@ class BaseGradients:
         """Return by what ``B.grad`` has been multiplied since it arrived, 0-d fp64; 1 exactly where it was left alone.
 
         ⟨h, h⟩ / ⟨h, b⟩ with h what stands there now and b what arrived. Summed over processes this is also right where
-        h is the mean of their gradients.
+        h is the mean of their gradients. Where A is zero, as PEFT starts an embedding's, B's gradient is zero too and
+        tells nothing: what all others say together counts for it.
         """
         if not self.pairs:
             return {}
@@ -208,8 +209,9 @@ class BaseGradients:
         if world_size(self._group) > 1:
             all_reduce_sums([table], self._group)
         hh, hb, bb = table.unbind(1)
-        # a gradient that was set to zero in place: nothing of it is left; one that always was tells nothing
-        factor = torch.where(hh == 0, (bb == 0).double(), hh / hb)
+        common = torch.where(hh.sum() == 0, 1.0, hh.sum() / hb.sum())
+        # a gradient that was set to zero in place: nothing of it is left
+        factor = torch.where(hh == 0, torch.where(bb == 0, common, 0.0), hh / hb)
         return dict(zip(self.pairs, factor.unbind(), strict=True))
 
     def brought(self, record: _Record, x: Tensor, g: Tensor) -> None:

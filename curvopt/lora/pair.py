@@ -110,6 +110,13 @@ class LoraPair:
         return 1.0 if alpha is None or not rank else alpha / rank
 
     @property
+    def bound(self) -> str:
+        """Why no change of basis A → T A, B → B T⁻¹ leaves the function as it is; empty if nothing is known against."""
+        if self.shared:
+            return self.shared
+        return "A has a bias, which no change of basis carries" if _bias(self.owner("A")) is not None else ""
+
+    @property
     def idle(self) -> str:
         """Why a PEFT layer does not add s B A x now; empty if it does, and for layers that cannot tell.
 
@@ -219,6 +226,10 @@ class LoraPair:
         # Length-one dimensions carry arbitrary strides and never matter to the order.
         inner = sorted(range(lead, like.ndim), key=lambda i: (like.shape[i] == 1, -like.stride()[i]))
         return [*range(lead), *inner]
+
+
+def _bias(module: Any) -> Any:
+    return None if isinstance(module, DICTS) else getattr(module, "bias", None)
 
 
 def is_peft(module: nn.Module) -> bool:

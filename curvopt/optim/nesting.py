@@ -54,7 +54,7 @@ def check_schedule(g: dict[str, Any], warmup: str) -> None:
 def check_maskable(pair: LoraPair, name: str, value: Any, instead: str) -> None:
     """Raise a ValueError if samples of a pair cannot be masked, or its directions cannot be put in order."""
     check(f"{name} of {pair.name}", value, pair.signal is not None, f"{instead} ({pair.note})")
-    check(f"{name} of {pair.name}", value, not pair.shared, f"{instead} ({pair.shared})")
+    check(f"{name} of {pair.name}", value, not pair.bound, f"{instead} ({pair.bound})")
 
 
 def check_largest(sides: Iterable[Side], name: str) -> None:

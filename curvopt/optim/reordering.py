@@ -97,7 +97,7 @@ def alike(turn: Turn, buckets: Sequence[Bucket]) -> list[dict[LoraPair, tuple[Pl
             places.setdefault(side.pair, {})[side.name] = (bucket, i)
     grouped: dict[tuple[object, ...], dict[LoraPair, tuple[Place, Place]]] = {}
     for pair, found in places.items():
-        if len(found) == 2 and pair in turn.pairs and not pair.shared:
+        if len(found) == 2 and pair in turn.pairs and not pair.bound:
             bucket = found["A"][0]
             key = (bucket.r, bucket.device, bucket.compute_dtype, id(bucket.group))
             grouped.setdefault(key, {})[pair] = (found["A"], found["B"])

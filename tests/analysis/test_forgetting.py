@@ -170,7 +170,7 @@ REFUSED = {
     "no forgetting": ({"loss": lambda v, _: LOSS0 - (v - LOSS0)}, "never rises"),
     "no trend": ({"loss": lambda v, _: 0 * v + LOSS0 + 0.5}, "must rise with n_tokens, .* a constant rise of 0.5"),
     "less with data": ({"loss": lambda v, e: LOSS0 + 5 / e["n_tokens"]}, "must rise with n_tokens, .*a constant rise"),
-    "more with size": ({"loss": lambda v, e: LOSS0 + 1e-3 * e["n_params"] ** 0.3}, "must rise with n_tokens, .*a const"),
+    "more with size": ({"loss": lambda v, e: LOSS0 + 1e-3 * e["n_params"] ** 0.3}, "must rise with n_tokens"),
     "negative data": ({"n_tokens": lambda v, _: -v}, "n_tokens must be > 0"),
     "negative overlap": ({"rho_align": lambda v, _: -v}, "rho_align must be ≥ 0"),
     "nan": ({"loss": lambda v, _: np.where(v == v[0], np.nan, v)}, "loss must be one row of finite"),

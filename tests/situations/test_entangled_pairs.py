@@ -7,7 +7,7 @@ from situations_kit import X, build, loss, steps
 from torch import nn
 from torch.nn import functional as F
 
-from curvopt import GritKFAC
+from curvopt import GritKFAC, MatryoshkaScaledAdam
 from curvopt.functional.basis import asymmetry
 from curvopt.lora import find_lora_pairs, pair_by_name, resize_adapter, resize_pair
 
@@ -22,6 +22,7 @@ class Between(models.LoraLinear):
         self.kind = kind
         self.mixer = nn.Parameter(torch.randn(R, R)) if kind == "mixer" else None
         self.gate = nn.Parameter(torch.rand(R) * 2) if kind == "gate" else None
+        self.lora_A.bias = nn.Parameter(0.02 * torch.randn(R)) if kind == "bias" else None
 
     def forward(self, x):
         u = self.lora_A(x)
@@ -30,6 +31,7 @@ class Between(models.LoraLinear):
             "gate": lambda: u * self.gate,
             "nonlinearity": lambda: torch.tanh(3 * u),
             "plain": lambda: u,
+            "bias": lambda: u,
         }[self.kind]()
         return self.base(x) + self.lora_B(u)
 
@@ -68,6 +70,7 @@ MODELS = {
     "mixer": lambda: handmade("mixer"),
     "gate": lambda: handmade("gate"),
     "nonlinearity": lambda: handmade("nonlinearity"),
+    "bias": lambda: handmade("bias"),
 }
 kinds = pytest.mark.parametrize("kind", MODELS)
 
@@ -118,16 +121,15 @@ def test_diagnostics_say_why(kind):
     optimizer = GritKFAC(model, lr=1e-2, reproject_every=1)
     steps(model, optimizer)
     notes = [pair["note"] for pair in optimizer.diagnostics()["pairs"].values()]
-    assert all("one parameter with" in n or "uses its parameters" in n or "through B A alone" in n for n in notes), (
-        notes
-    )
+    said = ("one parameter with", "uses its parameters", "through B A alone", "A has a bias")
+    assert all(any(words in note for words in said) for note in notes), notes
 
 
 @kinds
 def test_resizing_refuses(kind):
     model = MODELS[kind]()
     pair = find_lora_pairs(model)[0]
-    if kind == "nonlinearity":  # has nothing of the rank's length
+    if kind in ("nonlinearity", "bias"):  # have nothing of the rank's length but what is cut with A
         assert resize_adapter(model, {pair.name: 3})[pair.name] == 3
         model(X)
         return
@@ -139,6 +141,17 @@ def test_resizing_refuses(kind):
     with pytest.raises(ValueError, match="cannot be resized"):
         resize_adapter(model, {pair.name: 3})
     assert [p.shape for p in model.parameters()] == before
+
+
+def test_nested_ranks_refuse_an_A_with_a_bias():
+    """What its directions above a rank add is not cut with the rows of A."""
+    for make in (
+        lambda m: GritKFAC(m, nested_ranks=[1, 2]),
+        *(lambda m, n=n: MatryoshkaScaledAdam(m, nesting=n) for n in ("matryoshka", "dylora", "stratified")),
+    ):
+        with pytest.raises(ValueError, match="A has a bias, which no change of basis carries"):
+            make(handmade("bias"))
+    MatryoshkaScaledAdam(handmade("bias"), nesting="lora")
 
 
 def test_a_view_of_a_parameter_is_the_same_memory():

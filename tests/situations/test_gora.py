@@ -6,9 +6,11 @@ import re
 import pytest
 import torch
 from gora_models import published
+from peft import LoraConfig, get_peft_model
 from situations_kit import X, Y, build, loss, steps, weights
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvopt import GoRAInit, find_lora_pairs
 
@@ -343,7 +345,7 @@ def test_gradients_that_count_nothing_are_no_bypass(spoil, caplog):
         elif spoil == "nan":
             (torch.nan * loss(model)).backward()
         optimizer.step()
-    assert not optimizer.ready and "none of 3 calibration steps had a finite gradient" in caplog.text
+    assert not optimizer.ready and "3 calibration steps had no finite gradient to sum" in caplog.text
     optimizer.zero_grad()
     loss(model).backward()
     optimizer.step()
@@ -446,3 +448,113 @@ def test_a_pair_that_was_unfrozen_later_is_named_as_left_out():
     assert copy.deepcopy((model, optimizer))[1].diagnostics() == optimizer.diagnostics()
     whole = GoRAInit(build(0), start="gora")
     assert whole.diagnostics()["left_out"] == []
+
+
+class Experts(nn.Module):
+    """Ids through an embedding, a common layer and one of two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.common = nn.Embedding(12, 8), nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 3) for _ in range(2))
+
+    def forward(self, ids, expert=0):
+        return self.experts[expert](torch.tanh(self.common(self.embed(ids))))
+
+
+IDS = torch.arange(32) * 7 % 12
+
+
+def experts(*targets):
+    torch.manual_seed(0)
+    return get_peft_model(Experts(), LoraConfig(r=4, target_modules=list(targets))).double()
+
+
+def step(model, optimizer, scale=1.0, clip=None, expert=0, factor=1.0):
+    """One step, its loss times ``factor`` and its gradients unscaled and clipped as a loop would."""
+    optimizer.zero_grad()
+    (nn.functional.cross_entropy(model(IDS, expert), Y) * scale * factor).backward()
+    for p in (p for p in model.parameters() if p.grad is not None):
+        p.grad.div_(scale)
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("targets", [("embed", "common"), ("embed",)], ids=["with others", "alone"])
+@pytest.mark.parametrize("kind", ["gora", "exact", "spectrum"])
+def test_scaling_and_clipping_act_on_embeddings_too(kind, targets):
+    """PEFT starts their A at zero, so that B's gradient, zero as well, tells of neither."""
+    settings = {
+        "gora": {"start": "gora"},
+        "exact": {"start": "gora", "allocation": "exact", "compare": "role"},
+        "spectrum": {"allocation": "spectrum", "min_rank": 1, "max_rank": 8},
+    }[kind]
+
+    def outcome(**loop):
+        model = experts(*targets)
+        optimizer = GoRAInit(model, calibration_steps=3, generator=torch.Generator().manual_seed(1), **settings)
+        while not optimizer.ready:
+            step(model, optimizer, **loop)
+        return optimizer.plan, weights(model)
+
+    plain = outcome()
+    same(outcome(scale=2.0**16), plain, rtol=1e-9)
+    smaller, clipped = outcome(factor=1e-3), outcome(clip=1e-6)
+    for plan, _ in (smaller, clipped):
+        assert plan.ranks == plain[0].ranks
+    if kind != "spectrum":
+        norm = {name: p.norm() for name, p in plain[1].items() if "embedding_B" in name}
+        for _, found in (smaller, clipped):
+            assert all(found[name].norm() < 0.01 * n and n > 0 for name, n in norm.items())
+
+
+def test_a_dropped_gradient_is_no_sign_that_importances_have_settled():
+    def taken(at=None, tolerance=1e-12):
+        model = build(0)
+        optimizer = GoRAInit(model, start="gora", allocation="exact", calibration_steps=9, convergence=tolerance)
+        for i in range(9):
+            optimizer.zero_grad()
+            (loss(model, X.roll(i, 0)) * (torch.nan if i == at else 1)).backward()
+            optimizer.step()
+            if optimizer.ready:
+                return i + 1
+        raise AssertionError("it never ends")
+
+    assert taken() == taken(2) == taken(3) == 9
+    assert taken(tolerance=10.0) < taken(at=taken(tolerance=10.0) - 1, tolerance=10.0) < 9
+
+
+def test_a_layer_that_was_reached_once_is_waited_for(caplog):
+    """Its one gradient went into R_x and R_g."""
+    model = experts("common", "0", "1")
+    optimizer = GoRAInit(model, calibration_steps=3)
+    for expert in (0, 1, 0, 0):
+        step(model, optimizer, expert=expert)
+        assert not optimizer.ready
+    assert "4 calibration steps had no finite gradient to sum, of some layers; going on" in caplog.text
+    early = copy.deepcopy((model, optimizer))
+    step(model, optimizer, expert=1)
+    assert optimizer.ready and len(optimizer.plan.ranks) == 3
+    step(*early)
+    with pytest.raises(ValueError, match=r"1 layers received one finite gradient, .* \(.*experts\.1\): freeze"):
+        step(*early)
+
+
+def test_tied_embeddings_need_no_other_rank():
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = get_peft_model(LlamaForCausalLM(shape), config)
+    assert any(pair.shared for pair in find_lora_pairs(model))
+    optimizer, ids = GoRAInit(model, calibration_steps=2), torch.arange(16)[None]
+    while not optimizer.ready:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert set(optimizer.ranks().values()) == {4}
+    with pytest.raises(ValueError, match="cannot be resized"):
+        GoRAInit(model, allocation="spectrum", min_rank=1, max_rank=8, reset=True)

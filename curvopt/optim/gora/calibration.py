@@ -69,6 +69,11 @@ def uniform_rank(g: Mapping[str, Any], pair: LoraPair) -> int:
     return int(pair.rank if g["rank"] is None else g["rank"])
 
 
+def stays(g: Mapping[str, Any], pair: LoraPair) -> bool:
+    """Return whether a pair keeps its rank and its scaling, whatever is measured."""
+    return bool(g["allocation"] == "uniform" and uniform_rank(g, pair) == pair.rank and g["keep_scaling"])
+
+
 def bounds(g: Mapping[str, Any], pairs: Sequence[LoraPair]) -> tuple[int, int]:
     """Return the least and the largest rank of a layer: as given, or half and four times the uniform ranks."""
     ranks = [uniform_rank(g, pair) for pair in pairs] or [1]
@@ -112,6 +117,7 @@ class Calibration:
         self.skipped = torch.zeros((), dtype=torch.float32)
         self.last: dict[LoraPair, Tensor] = {}  # importances at the step before, for convergence
         self.known: dict[LoraPair, Tensor] = {}  # steps that went into R_x and R_g, and not into the sketch
+        self._skipped_before = 0.0  # at the last look at the importances
         self._spectra: dict[LoraPair, tuple[Tensor, Tensor]] = {}  # of the present sums
         if self.capture is not None:
             self.capture.attach()
@@ -180,12 +186,15 @@ class Calibration:
             self._own_seen[pair] = (~bad).float() + self._own_seen.get(pair, 0.0)
 
     def start_anew(self, changed: Sequence[LoraPair], generator: torch.Generator | None) -> int:
-        """Set B to zero in ``changed``, and draw A where it is zero and B's gradient is wanted (PEFT's embeddings).
+        """Set B to zero in ``changed``, and draw A where it is zero (PEFT's embeddings) and B's gradient is wanted.
+
+        It is wanted for ``"grad_b"``, and where it alone tells of a scaled or clipped gradient.
 
         Returns:
             How many pairs that concerned; if any, what was summed is forgotten.
         """
-        turned = empty(self.pairs) if self.capture is None else []
+        zero = empty(self.pairs)
+        turned = zero if self.capture is None or len(zero) == len(self.pairs) else []
         for pair in turned:
             draw_rows(pair, generator)
         for pair in (anew := [*changed, *turned]):
@@ -222,6 +231,7 @@ class Calibration:
                 self.sums[pair] = {k: state[k] for k in ("gradient", "right", "left", *FACTORS) if k in state}
                 self.seen[pair] = state["seen"]
                 self.skipped = state["skipped"].to(self.skipped)
+                self._skipped_before = float(self.skipped)
             if "importance" in state:
                 self.last[pair] = state["importance"]
             if "known" in state:
@@ -246,8 +256,10 @@ class Calibration:
 
     # ------------------------------------------------------------------ at the end
 
-    def complete(self, pairs: Sequence[LoraPair]) -> bool:
-        """Whether some step had a finite gradient in some process.
+    def complete(self, pairs: Sequence[LoraPair], patient: bool = False) -> bool:
+        """Whether some step had a finite gradient in some process; of whitened starts, beside that which made R.
+
+        If ``patient``, layers that had the latter alone are waited for.
 
         Raises:
             ValueError: one had, but not in every layer; or B had some, but nothing passed through the layer's hook.
@@ -258,11 +270,13 @@ class Calibration:
         reached = (seen > 0).tolist()
         never = [pair for pair, hit in zip(pairs, reached, strict=True) if not hit]
         self._check_reached(never)
-        if never and any(reached):
-            names = ", ".join(pair.name for pair in never[:5])
+        lost = [pair for pair in never if pair not in self.products.maps]
+        if never and any(reached) and (lost or not patient):
+            names = ", ".join(pair.name for pair in (lost or never)[:5])
+            had = "never received a finite gradient" if lost else "received one finite gradient, which measured R alone"
             raise ValueError(
-                f"{len(never)} layers never received a finite gradient ({names}): freeze their adapters "
-                "(requires_grad_(False)) to leave them out, and call step again"
+                f"{len(lost or never)} layers {had} ({names}): freeze their adapters (requires_grad_(False)) to leave "
+                "them out, or go on with batches that reach them, and call step again"
             )
         return not never
 
@@ -368,7 +382,15 @@ class Calibration:
         return nuclear(G, generator=generator) if self.importance == "nuclear" else frobenius(G)
 
     def settled(self, tolerance: float, generator: torch.Generator | None) -> bool:
-        """Whether every importance has moved by less than ``tolerance`` of itself since the last call."""
+        """Whether every importance has moved by less than ``tolerance`` of itself since the last call.
+
+        Not if a gradient was dropped in between: that none moved then says nothing.
+        """
+        dropped = (self.skipped - self._skipped_before).to(self.pairs[0].B.device)
+        all_reduce_sums([dropped], self._group)
+        self._skipped_before = float(self.skipped)
+        if dropped > 0:
+            return False
         pairs = [pair for pair in self.pairs if pair in self.seen]
         if world_size(self._group) > 1:
             pairs = self.pairs  # what this process has not seen counts as zero here, in all alike
@@ -387,7 +409,7 @@ class Calibration:
         """Give every pair its rank and its A, and return its B₀ ``(d_out, rank)`` for lr₀ = 1. Ends with the sums."""
         before = {pair: pair.scaling for pair in pairs}
         for pair in pairs:
-            if g["resize"]:
+            if g["resize"] and not stays(g, pair):
                 resize_pair(pair, ranks[pair.name], keep_scaling=g["keep_scaling"], generator=generator)
         for pair in empty(pairs):
             draw_rows(pair, generator)

@@ -13,7 +13,7 @@ from curvopt.lora import LoraPair
 from curvopt.lora.gradients import has_base_weight, layer_shape
 from curvopt.lora.resize import check_resize
 from curvopt.optim.checking import check, is_number, is_whole, warn
-from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, largest_rank, plan_for, role
+from curvopt.optim.gora.calibration import COMPARED, IMPORTANCES, STARTS, largest_rank, plan_for, role, stays
 
 # one budget for all groups, so they must agree on everything but the learning rate
 SHARED = ("rank", "min_rank", "max_rank", "calibration_steps", "init_lr", "importance", "allocation", "budget_weight",
@@ -98,7 +98,7 @@ def check_pairs(g: dict[str, Any], model: Any, pairs: Sequence[LoraPair]) -> Non
         seen = not weighed or has_base_weight(pair)
         allowed = f"'frobenius', 'nuclear' or 'grad_b' where no base weight is found ({pair.name})"
         check("importance", g["importance"], seen, allowed)
-        if g["resize"]:
+        if g["resize"] and not stays(g, pair):
             check_resize(pair, pair.rank)
     if g["allocation"] in ("exact", "spectrum"):
         plan_for(pairs, [1.0] * len(pairs), g, {pair.name: [] for pair in pairs})

@@ -334,8 +334,8 @@ class GoRAInit(PairedOptimizer):
         """Allocate, resize, write A and B, free everything, hand over."""
         g, calibration = self.param_groups[0], self._calibration
         pairs = [pair for pair in calibration.pairs if pair.b_trainable]
-        if not calibration.complete(pairs):
-            log.warning("none of %d calibration steps had a finite gradient; going on", self._steps)
+        if not calibration.complete(pairs, patient=self._steps < 2 * g["calibration_steps"]):
+            log.warning("%d calibration steps had no finite gradient to sum, of some layers; going on", self._steps)
             return
         calibration.reduce(pairs)  # Σ Ḡ over processes
         plan = self._decide(pairs)

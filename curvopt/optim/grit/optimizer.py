@@ -343,8 +343,8 @@ class GritKFAC(BucketedOptimizer):
     def entangled(self, pair: LoraPair) -> str:
         """Return why a pair keeps its basis and its rank; empty if it does not. Synchronises with the device."""
         found = self._curvature.entangled.get(pair)
-        if pair.shared or found is None or not found:
-            return pair.shared
+        if pair.bound or found is None or not found:
+            return pair.bound
         return "at the last reprojection the loss did not depend on A and B through B A alone: basis and rank are kept"
 
     @property
