@@ -107,7 +107,8 @@ def ordered(pairs: Sequence[LoraPair], basis: Any, factors: Any, adapter: str | 
     for pair in pairs:
         given = found.get(pair)
         if given is None:
-            raise ValueError(f"factors must have all pairs, {pair.name} is missing")
+            hint = "" if factors else " (GritKFAC keeps factors with statistics='activation', not by default)"
+            raise ValueError(f"factors must have all pairs, {pair.name} is missing{hint}")
         if len(given) != 2 or any(S.shape != (pair.rank, pair.rank) for S in given):
             shapes = [tuple(S.shape) for S in given]
             raise ValueError(f"factors of {pair.name} must be two of shape {(pair.rank, pair.rank)}, got {shapes}")

@@ -44,6 +44,8 @@ class _Reader:
     refuses: tuple[str, ...] = ("modules_to_save", "bias", "lora_bias", "use_dora")
 
 
+# what none but PEFT reads: rows of embeddings that are trained, adapters that act from a token on
+_PEFT_ALONE = ("trainable_token_indices", "alora_invocation_tokens")
 _READERS: dict[str, _Reader] = {
     "peft": _Reader("pattern", ()),
     "vllm": _Reader("config"),
@@ -53,6 +55,8 @@ _READERS: dict[str, _Reader] = {
     "llama.cpp": _Reader("tensor"),
     "diffusers": _Reader("one", ("modules_to_save", "bias", "use_dora")),
 }
+# layers whose base weights PEFT saves beside their adapters
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 _PEFT_FILE = "adapter_model.safetensors"
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -113,10 +117,10 @@ def export_adapter(
     Raises:
         TypeError: If `model` is not a PeftModel, a rank not an integer, or a share not a number.
         ValueError: If the adapter, the target, the basis or a name is unknown; a rank or share is out of range, or both
-            are given; factors are missing or not needed; the model is sharded; the adapter has parts that cannot be cut
-            or padded (a layer that is not a plain pair, an initialisation that changed the base weights), or parts that
-            the target does not support (saved modules, biases, DoRA magnitudes); or the model's state_dict has no
-            tensor of the adapter.
+            are given; factors are missing or not needed; the model is sharded, or an adapted embedding merged; the
+            adapter has parts that cannot be cut or padded (a layer that is not a plain pair, an initialisation that
+            changed the base weights), or parts that the target does not support (saved modules, biases, DoRA
+            magnitudes, trained tokens, aLoRA); or the model's state_dict has no tensor of the adapter.
     """
     given, model = model, uncompiled(model)
     peft: Any = model
@@ -132,6 +136,7 @@ def export_adapter(
         raise ValueError(f"adapter {chosen!r} is unknown; the model has {sorted(configs)}")
     live = configs[chosen]
     _check_readable(live, target)
+    _check_embeddings(model, chosen)
     config = copy.deepcopy(live)
     if target == "hotswap":
         config.lora_dropout = 0.0  # compared between adapters, though nothing is dropped at inference
@@ -168,10 +173,21 @@ def export_adapter(
 
 def _check_readable(config: Any, target: str) -> None:
     """Raise a ValueError if the adapter has tensors that the target does not read."""
-    for field in _READERS[target].refuses:
+    for field in (*_READERS[target].refuses, *(() if target == "peft" else _PEFT_ALONE)):
         value = getattr(config, field, None)
-        if value not in (None, False, "none", [], ()):
+        if value not in (None, False, "none", [], (), {}):
             raise ValueError(f"{target} does not read {field}={value!r}; target='peft' writes it")
+
+
+def _check_embeddings(model: nn.Module, adapter: str) -> None:
+    """Raise a ValueError if an adapted embedding is merged: PEFT may save it as the base's, beside its adapter."""
+    for pair in find_lora_pairs(model, adapter):
+        layer = pair.path.rpartition(".")[2]
+        if pair.idle == "merged" and (pair.kind == "embedding" or layer in _EMBEDDINGS):
+            raise ValueError(
+                f"model must not be merged, but {pair.name} is, and PEFT may write the merged weight beside the "
+                "adapter, which would then count twice: call unmerge_adapter() first"
+            )
 
 
 def _inside(named: Any) -> Any:

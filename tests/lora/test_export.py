@@ -2,10 +2,11 @@
 
 import json
 
+import models
 import pytest
 import torch
 from export_kit import Toy, by_leaf, config, loaded, outputs, peft_toy, ranks_of
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from curvopt.lora import export_adapter, find_lora_pairs, resize_adapter
@@ -80,6 +81,19 @@ def test_export_refuses_what_moved_the_base(tmp_path):
     model = get_peft_model(Toy().float(), config(target_modules=["up"], init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="pissa"):
         export_adapter(model, tmp_path, pad_to=8)
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_a_merged_embedding_is_refused(layer, tmp_path):
+    """PEFT saves the weights of embeddings beside their adapters: merged ones would count twice when loaded."""
+    base = models.llama().unload()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=[layer, "q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=rf"model must not be merged, but .*{layer} is.*call unmerge_adapter"):
+        export_adapter(model, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    model.unmerge_adapter()
+    export_adapter(model, tmp_path)
 
 
 def test_export_beside_a_layer_that_is_no_pair(tmp_path):

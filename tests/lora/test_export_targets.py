@@ -28,6 +28,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.q_proj, self.k_proj, self.up = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 16)
+        self.embed = nn.Embedding(4, 8)
         self.double()
 
     def forward(self, x):
@@ -223,7 +224,8 @@ def test_unknown_targets_are_refused_with_the_list(tmp_path):
 @pytest.mark.parametrize(
     ("target", "kwargs"),
     [("vllm", {"use_dora": True}), ("sglang", {"modules_to_save": ["up"], "target_modules": ["q_proj"]}),
-     ("llama.cpp", {"bias": "lora_only"}), ("tensorrt-llm", {"lora_bias": True})],
+     ("llama.cpp", {"bias": "lora_only"}), ("tensorrt-llm", {"lora_bias": True}),
+     ("vllm", {"trainable_token_indices": {"embed": [1, 2]}}), ("diffusers", {"alora_invocation_tokens": [5]})],
 )  # fmt: skip
 def test_parts_that_the_engine_does_not_read_are_refused(target, kwargs, tmp_path):
     model = adapted("uniform", **kwargs)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import models
 import oracles
@@ -108,6 +109,16 @@ def test_ranks_that_were_not_trained(rank, tmp_path):
     if rank in (0, -1, 5, 2.0, None, "2"):
         with pytest.raises(ValueError, match="rank must be an integer from 1 to 4"):
             optimizer.truncated(rank, strict=False)
+
+
+def test_the_ranks_that_all_pairs_have_are_named():
+    """The layers have ranks 4, 4 and 3: 3 is trained of the third, and of "lora" 4 alone stands for all."""
+    for nesting, named in (("matryoshka", "[1, 2, 4]"), ("lora", "[4]")):
+        _, optimizer = trained(nesting)
+        with pytest.raises(ValueError, match=re.escape(f"one of the ranks trained of all pairs, {named}")):
+            optimizer.truncated(3)
+        with optimizer.truncated(4):
+            pass
 
 
 def test_an_untrained_rank_if_asked():

@@ -22,11 +22,13 @@ def resolve(nests: Mapping[LoraPair, NestedRanks], rank: Any, strict: bool) -> d
         ValueError: it is not a rank of any pair or, if ``strict``, was not trained.
     """
     whole = is_whole(rank)
-    trained = sorted({k for nest in nests.values() for k in nest.ranks})
+    known = sorted({k for nest in nests.values() for k in nest.ranks})
+    # of pairs with fewer directions the largest of their own stands for more
+    trained = [k for k in known if all(min(k, nest.ranks[-1]) in nest.ranks for nest in nests.values())]
     most = max((trained if strict else [nest.pair.rank for nest in nests.values()]), default=0)
     if strict:
-        fits = whole and 1 <= rank <= most and all(min(rank, n.ranks[-1]) in n.ranks for n in nests.values())
-        check("rank", rank, fits, f"one of the ranks trained, {trained} (strict=False takes others)")
+        fits = whole and rank in trained
+        check("rank", rank, fits, f"one of the ranks trained of all pairs, {trained} (strict=False takes others)")
     check("rank", rank, whole and 1 <= rank <= most, f"an integer from 1 to {most}")
     return {pair: min(rank, nest.ranks[-1] if strict else pair.rank) for pair, nest in nests.items()}
 
