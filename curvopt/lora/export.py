@@ -182,8 +182,7 @@ def _check_readable(config: Any, target: str) -> None:
 def _check_embeddings(model: nn.Module, adapter: str) -> None:
     """Raise a ValueError if an adapted embedding is merged: PEFT may save it as the base's, beside its adapter."""
     for pair in find_lora_pairs(model, adapter):
-        layer = pair.path.rpartition(".")[2]
-        if pair.idle == "merged" and (pair.kind == "embedding" or layer in _EMBEDDINGS):
+        if pair.idle == "merged" and pair.path.rpartition(".")[2] in _EMBEDDINGS:
             raise ValueError(
                 f"model must not be merged, but {pair.name} is, and PEFT may write the merged weight beside the "
                 "adapter, which would then count twice: call unmerge_adapter() first"
