@@ -143,8 +143,9 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         found_inf = self._found_inf(buckets, others)
         self._enter(buckets, found_inf)  # A ← Q A, once a pair
         due = [bucket for bucket in buckets if _reorders(bucket)]
-        turn = turn_of(due, buckets)
-        held = entangled(turn.buckets, self._masks.pairs)  # gradients are those of the weights before the step
+        if due:  # gradients are those of the weights before the step
+            turn = turn_of(due, buckets)
+            held = entangled(turn.buckets, self._masks.pairs)
         for bucket in buckets:
             bucket.step(found_inf[bucket.device])  # row by row: lr Q_i, ε / Q_i
         self._update_others(others, found_inf)
