@@ -277,6 +277,16 @@ def compiled_before(model):
     return compiled
 
 
+def skip_where_compiled_models_call_later_hooks():
+    """As torch 2.6 does: nothing is bypassed then."""
+    model, called = build(0), []
+    forward = compiled_before(model)
+    model.base_model.model[0].register_forward_hook(lambda *_: called.append(True))
+    forward(X)
+    if called:
+        pytest.skip("hooks that come after the compilation are called")
+
+
 @pytest.mark.parametrize("kind", ["gora", "whitened"])
 @pytest.mark.parametrize(
     ("around", "layers"),
@@ -284,6 +294,8 @@ def compiled_before(model):
     ids=["fused", "one of two", "compiled before"],
 )
 def test_a_forward_that_bypasses_the_layers_ends_in_an_error_that_says_so(around, layers, kind):
+    if around is compiled_before:
+        skip_where_compiled_models_call_later_hooks()
     model = build(0)
     forward = around(model)
     optimizer = published(model, **{**SET, **KINDS[kind]})
@@ -299,6 +311,7 @@ def test_a_forward_that_bypasses_the_layers_ends_in_an_error_that_says_so(around
 
 
 def test_after_a_reset_of_the_compiler_the_hooks_are_called():
+    skip_where_compiled_models_call_later_hooks()
     model = build(0)
     forward = compiled_before(model)
     optimizer = GoRAInit(model, start="gora", calibration_steps=2)
