@@ -228,10 +228,24 @@ def fit_forgetting_law(
     scale = outlier_scale(design.plain, rise)
     plain = _law("plain", design.plain, rise, scale, level, resamples, rng)
     if not design.modulators.size:
+        _check_identified(plain, rise)
         return ForgettingFit(plain, None)
     # the plain law is the modulated one with γ = 0, which is a start of its own: it can never fit worse
     modulated = _law("modulated", design, rise, scale, level, resamples, rng, plain.params)
+    _check_identified(modulated, rise)  # Ξ may explain what the plain law finds constant
     return ForgettingFit(plain, modulated, _p_value(design, rise, scale, plain, modulated, resamples, rng))
+
+
+def _check_identified(law: Law, rise: np.ndarray) -> None:
+    """Raise a ValueError if a law has found nothing that varies."""
+    import numpy as np
+
+    curve = rise - np.array(law.residuals)
+    if np.ptp(curve) <= LEAST * np.abs(rise).max():
+        raise ValueError(
+            "loss must rise with n_tokens, or fall with n_params, for alpha, beta and A to be identified: the best fit "
+            f"to these {law.n} observations is a constant rise of {float(curve.mean()):.4g}"
+        )
 
 
 def _law(
@@ -244,11 +258,6 @@ def _law(
     best = search(design, rise, scale)
     if nested is not None:
         best = min(best, search(design, rise, scale, [design.coordinates(nested)]), key=lambda s: s.cost)
-    if np.ptp(best.curve) <= LEAST * np.abs(rise).max():
-        raise ValueError(
-            "loss must rise with n_tokens, or fall with n_params, for alpha, beta and A to be identified: the best fit "
-            f"to these {len(rise)} observations is a constant rise of {float(best.curve.mean()):.4g}"
-        )
     n, residuals = len(rise), rise - best.curve
     wide = residuals / (1 - leverage(design.jacobian(best.x)))
     draws = []

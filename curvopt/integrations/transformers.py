@@ -129,8 +129,10 @@ class CurvatureCallback(TrainerCallback):
                 "compact must be False with load_best_model_at_end=True, got True: "
                 "the ranks at the end are not those of the best model"
             )
-        for pair in getattr(unwrapped(kwargs["optimizer"]), "pairs", ()):
-            if self.compact and pair.module is None:
+        optimizer = unwrapped(kwargs["optimizer"])
+        shrinks = any(g.get("rank_threshold") is not None for g in getattr(optimizer, "param_groups", ()))
+        for pair in getattr(optimizer, "pairs", ()):
+            if self.compact and shrinks and pair.module is None:
                 raise ValueError(
                     "compact must be False with an optimizer that knows its parameters by their names alone, got True: "
                     "give the optimizer the model, or model="

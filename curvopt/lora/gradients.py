@@ -209,7 +209,7 @@ class BaseGradients:
         if world_size(self._group) > 1:
             all_reduce_sums([table], self._group)
         hh, hb, bb = table.unbind(1)
-        common = torch.where(hh.sum() == 0, 1.0, hh.sum() / hb.sum())
+        common = torch.where(hh.sum() == 0, (bb.sum() == 0).double(), hh.sum() / hb.sum())
         # a gradient that was set to zero in place: nothing of it is left
         factor = torch.where(hh == 0, torch.where(bb == 0, common, 0.0), hh / hb)
         return dict(zip(self.pairs, factor.unbind(), strict=True))

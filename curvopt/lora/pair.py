@@ -114,7 +114,14 @@ class LoraPair:
         """Why no change of basis A → T A, B → B T⁻¹ leaves the function as it is; empty if nothing is known against."""
         if self.shared:
             return self.shared
-        return "A has a bias, which no change of basis carries" if _bias(self.owner("A")) is not None else ""
+        return "A has a bias, which no change of basis carries" if self.biased else ""
+
+    @property
+    def biased(self) -> bool:
+        """Whether the module of A adds a bias to A x."""
+        owner = self.owner("A")
+        raw = owner is self.module or isinstance(owner, DICTS)  # the bias of such a layer is that of its base
+        return not raw and getattr(owner, "bias", None) is not None
 
     @property
     def idle(self) -> str:
@@ -187,9 +194,9 @@ class LoraPair:
         Raises:
             ValueError: If `side` is unknown, or the strides of `tensor` allow no such view.
         """
+        order = self._order(side)
         if tensor.ndim == 2:
             return tensor
-        order = self._order(side)
         if tensor.ndim != len(order):
             raise ValueError(f"{self.name}: {side} has {len(order)} dimensions, the tensor has {tensor.ndim}")
         try:
@@ -211,10 +218,10 @@ class LoraPair:
             A view: (k, c, kh, kw) for a convolution's A, (d_out, k, 1, 1) for its B; `matrix` itself if the parameter
             has two dimensions.
         """
-        like = self.A if side == "A" else self.B
-        if like.ndim == 2:
+        order = self._order(side)
+        if len(order) == 2:
             return matrix
-        order, rank_dim = self._order(side), self.dim_A if side == "A" else self.dim_B
+        like, rank_dim = (self.A, self.dim_A) if side == "A" else (self.B, self.dim_B)
         sizes = [-1 if i == rank_dim else like.shape[i] for i in order]
         return matrix.view(sizes).permute([order.index(i) for i in range(like.ndim)])
 
@@ -226,10 +233,6 @@ class LoraPair:
         # Length-one dimensions carry arbitrary strides and never matter to the order.
         inner = sorted(range(lead, like.ndim), key=lambda i: (like.shape[i] == 1, -like.stride()[i]))
         return [*range(lead), *inner]
-
-
-def _bias(module: Any) -> Any:
-    return None if isinstance(module, DICTS) else getattr(module, "bias", None)
 
 
 def is_peft(module: nn.Module) -> bool:

@@ -270,6 +270,7 @@ class Bucket:
         h.lr, h.eps, h.weight_decay, h.maximize = as_scalar(g["lr"]), g["eps"], g["weight_decay"], g["maximize"]
         h.beta1, h.beta2 = g["betas"]
         if not self._plain:
+            check_dense(self.grads)
             self.grads = [X for block in self.blocks for X in block.pieces(self.grads[block.rows])]
         if prepare is not None:
             prepare(self)

@@ -37,6 +37,6 @@ def is_whole(value: Any) -> bool:
 def warn(text: str) -> None:
     """Warn at the line that led here from outside of this package and of torch, whose wrappers surround ``step``."""
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvopt", "torch"):
+    while frame is not None and (frame.f_globals.get("__name__") or "").partition(".")[0] in ("curvopt", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, UserWarning, stacklevel=level)

@@ -187,6 +187,21 @@ def test_refused_with_what_is_missing(case):
         fit_forgetting_law(**change(**columns), **QUICK)
 
 
+def test_what_is_constant_to_the_plain_law_may_be_none_to_the_modulated_one():
+    """Ξ rises with D and falls with N, so that on average nothing is left of either."""
+    rng = np.random.default_rng(0)
+    N = np.repeat([1e5, 2e5, 4e5], 16)
+    D = np.tile(np.repeat([1e4, 2e4, 4e4, 8e4], 4), 3)
+    xi = ((D / 1e4) / (N / 4e5)) ** 1.1 * np.exp(rng.uniform(0, 1.5, len(N))) * 1.2
+    z = {"r_eff": xi - 1, "rho_align": rng.uniform(0, 0.8, len(N)), "pi_proj": rng.uniform(0.2, 1, len(N))}
+    rise = 0.2 * D**0.3 / (N * xi * (1 + 0.7 * z["rho_align"]) * (1 + 0.4 * z["pi_proj"])) ** 0.3 + 0.002
+    loss = LOSS0 + rise * (1 + 0.01 * rng.standard_normal(len(N)))
+    found = fit_forgetting_law(N, D, loss, LOSS0, **z, **QUICK)
+    assert found.earns and found.params["alpha"] == pytest.approx(0.3, abs=0.05)
+    with pytest.raises(ValueError, match="a constant rise"):
+        fit_forgetting_law(N, D, loss, LOSS0, **QUICK)
+
+
 def test_too_few_for_the_plain_law():
     given, _ = observations({}, repeats=1)
     few = {k: v if k == "loss0" else v[[0, 1, 2, 4]] for k, v in given.items()}

@@ -201,6 +201,16 @@ def test_sparse_gradients(where):
             models.fit(model, optimizer, 2)
 
 
+def test_sparse_gradients_of_a_convolution():
+    layer = nn.Module()
+    layer.lora_A, layer.lora_B = nn.Conv2d(3, 2, 3, bias=False), nn.Conv2d(2, 5, 1, bias=False)
+    optimizer = GritKFAC(layer)
+    layer.lora_B(layer.lora_A(torch.randn(2, 3, 6, 6))).sum().backward()
+    layer.lora_A.weight.grad = layer.lora_A.weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without CUDA")
 def test_triton_without_a_cuda_device(model):
     with pytest.raises(ValueError, match=r"backend='triton' needs triton and a CUDA device.*not available"):

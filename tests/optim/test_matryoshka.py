@@ -204,8 +204,8 @@ def test_the_effective_adapter_is_changed_by_steps_alone(nesting, start):
 
 def test_a_frozen_A_is_refused_where_it_had_to_become_P_A():
     """Nothing but plain LoRA would be trained. An A that was brought to P A before may be frozen; B ≠ 0 tells that."""
-    for nesting in ("matryoshka", "dylora", "stratified"):
-        for start, allowed in (("zero", {"stratified"}), ("random", {"stratified", "matryoshka"})):
+    for nesting in ("matryoshka", "dylora", "stratified", "lora"):
+        for start, allowed in (("zero", {"stratified", "lora"}), ("random", {"stratified", "lora", "matryoshka"})):
             model = models.mlp(start=start)
             optimizer = MatryoshkaScaledAdam(model, lr=1e-2, nesting=nesting)
             for layer in model.layers:
@@ -217,6 +217,7 @@ def test_a_frozen_A_is_refused_where_it_had_to_become_P_A():
             with pytest.raises(ValueError, match="nesting of first must be 'stratified' where A is frozen"):
                 models.fit(model, optimizer, 1)
             models.assert_same(models.snapshot(model), before)
+            assert {int(own["cadence"][0]) for own in optimizer.state.values() if "cadence" in own} == {0}
             for layer in model.layers:
                 layer.lora_A.weight.requires_grad_(True)
             models.fit(model, optimizer, 1)
@@ -227,6 +228,19 @@ def test_a_frozen_A_is_refused_where_it_had_to_become_P_A():
                 models.fit(model, optimizer, 1, i)
                 held.add(int(model.first.lora_A.weight.any(1).sum()))
             assert held == ({1, 2, 4} if nesting == "dylora" else {4})  # the draws go on
+
+
+def test_A_becomes_P_A_also_where_B_trains_later():
+    model = models.mlp(start="zero")
+    A = [layer.lora_A.weight.detach().clone() for layer in model.layers]
+    optimizer = MatryoshkaScaledAdam(model, lr=0.0)
+    for frozen in (True, False):
+        for layer in model.layers:
+            layer.lora_B.weight.requires_grad_(not frozen)
+        models.fit(model, optimizer, 1)
+        for layer, start in zip(model.layers, A, strict=True):
+            Q = torch.tensor(diagonal((1, 2, layer.rank), layer.rank), dtype=torch.float64) / S
+            torch.testing.assert_close(layer.lora_A.weight, Q[:, None] * start, rtol=1e-14, atol=0)
 
 
 def test_an_adapter_that_comes_with_b_keeps_its_bits_and_trains_with_its_rates():
@@ -349,6 +363,8 @@ def test_settings_of_dylora_edited_in_flight_keep_the_adapter(start, edit, steps
         return shown, [{key: own[key].clone() for key in ("full", "exp_avg", "exp_avg_sq")} for own in own]
 
     before, kept = state()
+    if steps % 2:
+        optimizer.param_groups = [{**optimizer.param_groups[0]}]  # another dict
     optimizer.param_groups[0].update(edit, lr=0.0)
     for p in model.parameters():
         p.grad = None if p.grad is None else torch.zeros_like(p)
@@ -373,9 +389,38 @@ def test_ranks_in_use_cannot_be_edited_away():
             with pytest.raises(ValueError, match="ranks must be up to 4 where that many directions are in use"):
                 optimizer.step()
         models.assert_same(models.snapshot(model), before)
+        optimizer.param_groups[0]["ranks"] = (4,)
+        with pytest.raises(ValueError, match="ranks must be such that one is at most 3, the rank of third"):
+            optimizer.step()
+        optimizer.param_groups = [{**optimizer.param_groups[0], "ranks": (1, 2)}]  # another dict
+        for _ in range(2):
+            with pytest.raises(ValueError, match="ranks must be up to 4 where that many directions are in use"):
+                optimizer.step()
+        models.assert_same(models.snapshot(model), before)
         optimizer.param_groups[0]["ranks"] = (1, 3, 4)
         models.fit(model, optimizer, 1, 4)
         assert optimizer.nested_ranks()["first"] == (1, 3, 4)
+
+
+def test_an_edit_that_was_refused_and_corrected_is_as_if_it_had_not_been():
+    """Of one of the two groups of a pair; later one side freezes, and buckets are made anew."""
+
+    def run(edited):
+        model = models.mlp(start="zero")
+        sides = [[p for name, p in model.named_parameters() if word in name] for word in ("lora_A", "lora_B")]
+        optimizer = MatryoshkaScaledAdam([{"params": own} for own in sides], model=model, **HYPER)
+        models.fit(model, optimizer, 4)
+        if edited:
+            optimizer.param_groups[0]["ranks"] = (1, 3, 4)
+            with pytest.raises(ValueError, match="the same in the groups of its A and B"):
+                optimizer.step()
+            optimizer.param_groups[0]["ranks"] = None
+        models.fit(model, optimizer, 2, 4)
+        model.first.lora_A.weight.requires_grad_(False).grad = None
+        models.fit(model, optimizer, 3, 6)
+        return models.snapshot(model)
+
+    models.assert_same(run(True), run(False))
 
 
 def test_bf16_follows_the_explicit_form():

@@ -154,6 +154,37 @@ def test_nested_ranks_refuse_an_A_with_a_bias():
     MatryoshkaScaledAdam(handmade("bias"), nesting="lora")
 
 
+class Raw(nn.Linear):
+    """A layer that is its own base, with the matrices beside its weight and bias, as loralib has it."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(R, 8)), nn.Parameter(0.3 * torch.randn(8, R))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+def test_the_bias_of_a_base_is_none_of_A():
+    torch.manual_seed(0)
+    model = nn.Sequential(Raw(), nn.Tanh(), nn.Linear(8, 3)).double()
+    assert [pair.bound for pair in find_lora_pairs(model)] == [""]
+    optimizer = GritKFAC(model, lr=1e-2, reproject_every=2, rank_threshold=0.5, min_rank=1)
+    steps(model, optimizer, 12)
+    assert max(optimizer.ranks().values()) < R
+    MatryoshkaScaledAdam(model)
+
+
+def test_nested_ranks_of_shared_matrices_need_no_other_basis():
+    """P stands between B and A wherever they are."""
+    for nesting in ("matryoshka", "dylora"):
+        model = shared_by_peft("A", module=True)
+        steps(model, MatryoshkaScaledAdam(model, nesting=nesting), 2)
+    with pytest.raises(ValueError, match=r"nesting of .* must be another than 'stratified'"):
+        MatryoshkaScaledAdam(shared_by_peft("A"), nesting="stratified")
+
+
 def test_a_view_of_a_parameter_is_the_same_memory():
     """As PEFT ties the adapter of a head to that of its embedding."""
     model = handmade("plain")

@@ -571,3 +571,32 @@ def test_tied_embeddings_need_no_other_rank():
     assert set(optimizer.ranks().values()) == {4}
     with pytest.raises(ValueError, match="cannot be resized"):
         GoRAInit(model, allocation="spectrum", min_rank=1, max_rank=8, reset=True)
+
+
+def test_uniform_ranks_are_those_of_the_plan():
+    """A layer narrower than the rank gets what fits it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = get_peft_model(net, LoraConfig(r=4, target_modules=["0", "2"])).double()
+    optimizer = GoRAInit(model, calibration_steps=2)
+    steps(model, optimizer, 2)
+    assert optimizer.ready and list(optimizer.ranks().values()) == [4, 3]
+    assert {pair.name: pair.rank for pair in find_lora_pairs(model)} == optimizer.ranks() == optimizer.plan.ranks
+
+
+def test_gradients_of_embeddings_that_were_dropped_in_place_do_not_count():
+    def start(dropped):
+        model = experts("embed", "common")
+        optimizer = GoRAInit(model, start="gora", calibration_steps=2, generator=torch.Generator().manual_seed(1))
+        for i in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(IDS), Y).backward()
+            if i == dropped:
+                model.zero_grad(set_to_none=False)
+            optimizer.step()
+        return {name: p for name, p in weights(model).items() if "_B" in name}
+
+    whole, half = start(None), start(1)
+    for name, p in whole.items():  # a step without a gradient counts as one: the mean is half
+        torch.testing.assert_close(half[name], p / 2, rtol=1e-9, atol=0)
+        assert p.any()

@@ -105,7 +105,7 @@ def test_new_group_dicts_go_on(make):
         ({"inverse_every": 0}, "inverse_every must be an integer ≥ 1, got 0"),
         ({"betas": (2, 0)}, "betas must be two numbers in [0, 1), got (2, 0)"),
         ({"outer_rank": 4}, "outer_rank must be what it was at the first step, 0"),
-        ({"reprojection": "paper"}, "reprojection must be 'balanced', as at the first step: the state depends on it"),
+        ({"reprojection": "paper"}, "reprojection must be none of ('paper', 'paper-one-sided'), as at the first step"),
         ({"outer_rank": "4"}, "outer_rank must be an integer ≥ 0, got '4'"),
         ({"eps": None}, "eps must be a number ≥ 0, got None"),
         ({"rank_threshold": 2}, "rank_threshold must be None or a number in (0, 1], got 2"),
@@ -261,3 +261,12 @@ def test_edits_of_what_the_state_was_made_for_are_refused_at_any_time(after):
         group["update"] = "momentum"
     with pytest.raises(ValueError, match="update must be what it was at the first step, 'adam'"):
         steps(model, optimizer)
+
+
+def test_a_published_reprojection_may_be_left_and_taken_up_again():
+    model = build()
+    optimizer = GritKFAC.paper(model, lr=1e-2, reproject_every=2)
+    for reprojection in ("balanced", "paper"):
+        steps(model, optimizer, 3)
+        optimizer.param_groups[0]["reprojection"] = reprojection
+    steps(model, optimizer, 3)

@@ -222,6 +222,21 @@ def test_a_resting_adapter_may_be_deleted(make, when):
     steps(model, optimizer)
 
 
+@pytest.mark.parametrize("nesting", ["matryoshka", "dylora", "stratified"])
+def test_nested_ranks_after_an_adapter_was_deleted(nesting):
+    model = other(build())
+    optimizer = MatryoshkaScaledAdam(model, lr=1e-2, nesting=nesting)
+    steps(model, optimizer)
+    model.delete_adapter("other")
+    with optimizer.truncated(2):
+        loss(model)
+    optimizer.param_groups[0]["ranks"] = (1, 4)
+    steps(model, optimizer, 2)
+    assert set(optimizer.nested_ranks().values()) == {(1, 4)}
+    with optimizer.truncated(1):
+        loss(model)
+
+
 @pytest.mark.parametrize("rank", [2, 8])
 @pytest.mark.parametrize("make", [GritKFAC, MatryoshkaScaledAdam])
 def test_a_pair_that_was_resized_needs_another_state(make, rank):

@@ -73,3 +73,20 @@ def test_others_keep_to_their_own_steps():
             assert torch.equal(before, optimizer.pairs[0].A) is (i % 5 != 0), i
         if i == 7:
             both[0].pairs[1].A.requires_grad_(True)
+
+
+def test_what_shares_a_bucket_with_a_turning_side_keeps_its_matrices():
+    """Both A were frozen for two steps, the B of the second pair for one: it turns in other steps than the first."""
+    model = build()
+    optimizer = GritKFAC(
+        model, lr=1e-2, update="eigen", statistics="activation", inverse_every=1000, factor_every=1, reproject_every=5
+    )
+    first, second = optimizer.pairs
+    for i in range(1, 16):
+        for p, from_step in ((first.A, 3), (second.A, 3), (second.B, 2)):
+            p.requires_grad_(i >= from_step)
+        held = {p: optimizer.state[p]["basis"].clone() for p in (first.A, second.A) if "basis" in optimizer.state[p]}
+        steps(model, optimizer)
+        for p, before in held.items():
+            turned = i > 3 and (i if p is first.A else i - 1) % 5 == 0
+            assert torch.equal(optimizer.state[p]["basis"], before) is (not turned and i != 3), (i, p is first.A)

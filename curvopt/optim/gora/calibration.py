@@ -71,7 +71,8 @@ def uniform_rank(g: Mapping[str, Any], pair: LoraPair) -> int:
 
 def stays(g: Mapping[str, Any], pair: LoraPair) -> bool:
     """Return whether a pair keeps its rank and its scaling, whatever is measured."""
-    return bool(g["allocation"] == "uniform" and uniform_rank(g, pair) == pair.rank and g["keep_scaling"])
+    rank = min(uniform_rank(g, pair), *layer_shape(pair))
+    return bool(g["allocation"] == "uniform" and rank == pair.rank and g["keep_scaling"])
 
 
 def bounds(g: Mapping[str, Any], pairs: Sequence[LoraPair]) -> tuple[int, int]:

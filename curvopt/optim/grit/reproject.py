@@ -109,7 +109,8 @@ def _transform(
     rule, old, new = rule_of(bucket), None, None
     if rule.key is not None:
         old = state[rule.key].to(wide)
-        new = torch.where(found_inf == 0, curvature.made(bucket).to(wide), old)
+        turned = torch.tensor([s in maps for s in bucket.sides], device=bucket.device)[:, None, None]
+        new = torch.where((found_inf == 0) & turned, curvature.made(bucket).to(wide), old)
     bucket.transform("moments", rule.carried(new, old, M_grad), k, found_inf)
     if rule.key is not None and new is not None:
         state[rule.key].copy_(new)

@@ -177,17 +177,20 @@ def check_alone(g: dict[str, Any]) -> None:
     check("statistics", g["statistics"], SOURCES[g["statistics"]].observe is None, f"'none' {because}")
 
 
-def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool) -> None:
-    """Raise a ValueError if a group was edited after a step in what its state was made for."""
+def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool, published: bool) -> None:
+    """Raise a ValueError if a group was edited after a step in what its state was made for.
+
+    ``published`` says whether it was made for GRIT's own reprojections too.
+    """
     for name in ("update", "sides", "statistics", "outer_rank"):
         same = not stepped or before[name] == g[name]
         check(name, g[name], same, f"what it was at the first step, {before[name]!r}: the state depends on it")
     was, now = before["nested_ranks"], g["nested_ranks"]
     same = not stepped or (was is None) == (now is None)
     check("nested_ranks", now, same, f"{'None' if was is None else 'other ranks'}, as at the first step")
-    was, now = before["reprojection"], g["reprojection"]
-    same = not stepped or was in PUBLISHED or now not in PUBLISHED
-    check("reprojection", now, same, f"{was!r}, as at the first step: the state depends on it")
+    now = g["reprojection"]
+    same = not stepped or published or now not in PUBLISHED
+    check("reprojection", now, same, f"none of {PUBLISHED}, as at the first step: the state depends on it")
 
 
 def check_pairs(sides: Sequence[Side]) -> None:

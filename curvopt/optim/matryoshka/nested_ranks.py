@@ -144,7 +144,7 @@ def check_pairs(sides: Sequence[Side]) -> None:
         check("ranks", g["ranks"], fits, f"such that one is at most {pair.rank}, the rank of {pair.name}")
         check(f"scaling of {pair.name}", pair.scaling, pair.scaling > 0, "above 0")
         if g["nesting"] in ("matryoshka", "dylora"):  # a bias would not be cut with the rows of A
-            check(f"nesting of {pair.name}", g["nesting"], not pair.bound, f"'lora' ({pair.bound})")
+            check(f"nesting of {pair.name}", g["nesting"], not pair.biased, f"'lora' ({pair.bound})")
         if g["nesting"] == "stratified":
             nesting.check_maskable(pair, "nesting", g["nesting"], "another than 'stratified'")
     nesting.check_largest(sides, "ranks")

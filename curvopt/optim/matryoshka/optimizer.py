@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,10 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         for bucket in buckets:
             self._take_back(bucket)
             bucket.begin("row", self._make_plan, self._to_full)
-        for bucket in buckets:  # only now: what is refused counts nowhere
-            bucket.tick()
         found_inf = self._found_inf(buckets, others)
         self._enter(buckets, found_inf)  # A ← Q A, once a pair
+        for bucket in buckets:  # only now: what is refused counts nowhere
+            bucket.tick()
         due = [bucket for bucket in buckets if _reorders(bucket)]
         if due:  # gradients are those of the weights before the step
             turn = turn_of(due, buckets)
@@ -223,17 +224,17 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             return
         first = [(block, bucket) for bucket in new if bucket.state["step"] == 0 for block in bucket.blocks]
         sides = [s for block, _ in first for s in block.sides]
-        B = [s for s in sides if s.name == "B"]
-        used = used_directions([s.param for s in B], [s.rank_dim - 1 for s in B])
-        fresh = {s.pair for s, own in zip(B, used, strict=True) if not own.any()}
+        pairs = list(dict.fromkeys(s.pair for s in sides))
+        used = used_directions([pair.B for pair in pairs], [pair.dim_B for pair in pairs])
+        fresh = {pair for pair, own in zip(pairs, used, strict=True) if not own.any()}
         for pair in (s.pair for s in sides if s.name == "A" and s.pair not in fresh):
             self._nests[pair].check_unused()  # ΔW as it came is that of the largest rank
             self._nests[pair].drawn = None
         with_A = {s.pair for s in sides if s.name == "A"}
         entering = fresh & with_A
-        for pair in (s.pair for s in B if not self._knows_A(s.pair)):
+        for pair in (s.pair for s in sides if s.name == "B" and not self._knows_A(s.pair)):
             nest = self._nests[pair]
-            free = nest.masked or (not nest.sampled and (pair not in fresh or set(nest.rates) == {1.0}))
+            free = nest.group["nesting"] in ("stratified", "lora") or (not nest.sampled and pair not in fresh)
             check(
                 f"nesting of {pair.name}", nest.group["nesting"], free or pair in with_A,
                 "'stratified' where A is frozen or without a gradient: with others A is brought to P A in B's first "
@@ -306,7 +307,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
         """Return the rank of every pair that stands in the model now."""
         if self._locator.moved(iter(())):
             self._follow()
-        return truncation.resolve(self._nests, rank, strict)
+        return truncation.resolve({pair: nest for pair, nest in self._nests.items() if pair.exists}, rank, strict)
 
     def export(
         self, path: str | Path, rank: int, *, strict: bool = True, keep_P: bool = False, pad_to: int | None = None,
@@ -387,20 +388,29 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
             f"what it was when the optimizer was made, {before['nesting']!r}",
         )
         if any(before[key] != g[key] for key in ("ranks", "scale")):
-            self._take_edit()
+            nests.check_pairs(self.sides)  # before anything changes
+            self._take_edit(self._index_pairs)
 
-    def _take_edit(self) -> None:
+    def _find_anew(self, before: list[LoraPair], familiar: set[Tensor]) -> None:
+        for g in self.param_groups:
+            self._check_group(g)
+        self._take_edit(lambda: super(MatryoshkaScaledAdam, self)._find_anew(before, familiar))
+
+    def _take_edit(self, find: Callable[[], None]) -> None:
         """Find the nested ranks anew; of what is in training ΔW at the largest rank stays."""
+        groups = {p: g for g in self.param_groups for p in g["params"]}
+        former = {id(pair.A): nest for pair, nest in self._nests.items() if pair.exists}
+        for nest in former.values():
+            ranks = nests.own_ranks(groups.get(nest.pair.A, nest.group), nest.pair.rank)
+            if ranks and ranks[-1] < nest.ranks[-1]:
+                replace(nest, ranks=ranks).check_unused(self.state.get(nest.pair.A, {}).get(FULL))
         for bucket in self._buckets:
             self._take_back(bucket)  # by the ranks and scales until now
-        former = {id(pair.A): nest for pair, nest in self._nests.items() if pair.exists}
-        for pair, nest in nests.nests(self._sides, None).items():
-            if id(pair.A) in former and nest.ranks[-1] < former[id(pair.A)].ranks[-1]:
-                nest.check_unused(self.state.get(pair.A, {}).get(FULL))
-        self._index_pairs()
+        find()
         for pair, nest in self._nests.items():
             was, own = former.get(id(pair.A)), self.state.get(pair.A, {})
-            if was is not None and FULL in own and own["step"] > 0:
+            same = was is not None and (was.ranks, was.scale) == (nest.ranks, nest.scale)
+            if was is not None and not same and FULL in own and own["step"] > 0:
                 nest.drawn = was.drawn or was.ranks[-1]  # until the end of the step, the module holds that rank
                 c = was.prefix(was.ranks[-1], full=True)[0] / nest.prefix(nest.ranks[-1], full=True)[0]
                 own[FULL].mul_(c)
