@@ -114,7 +114,7 @@ def test_compaction_and_the_best_model_do_not_go_together(tmp_path):
 def test_compaction_of_what_is_known_by_name_is_refused_before_the_training(tmp_path):
     model = models.llama(start="random")
     done = Trainer(model, arguments(str(tmp_path), max_steps=2), train_dataset=DATA,
-                   optimizers=(GritKFAC(model.named_parameters()), None),
+                   optimizers=(GritKFAC(model.named_parameters(), rank_threshold=0.9), None),
                    callbacks=[CurvatureCallback(compact=True)])  # fmt: skip
     with pytest.raises(ValueError, match="compact must be False with an optimizer that knows its parameters by their"):
         done.train()
