@@ -423,7 +423,9 @@ class GritKFAC(BucketedOptimizer):
     def _check_edit(self, before: dict[str, Any], g: dict[str, Any]) -> None:
         super()._check_edit(before, g)
         stepped = any("step" in self.state.get(s.param, ()) for s in self._sides if s.group is g)
-        published = any("kept" in self.state.get(s.param, ()) for s in self._sides if s.group is g)
+        # looked for only where it is asked: schedulers edit groups at every step
+        published = before["reprojection"] == g["reprojection"]
+        published = published or any("kept" in self.state.get(s.param, ()) for s in self._sides if s.group is g)
         settings.check_edit(before, g, stepped, published)
         if any(before[key] != g[key] for key in ("statistics", "nested_ranks")):
             self._index_pairs()

@@ -180,7 +180,7 @@ def check_alone(g: dict[str, Any]) -> None:
 def check_edit(before: dict[str, Any], g: dict[str, Any], stepped: bool, published: bool) -> None:
     """Raise a ValueError if a group was edited after a step in what its state was made for.
 
-    ``published`` says whether it was made for GRIT's own reprojections too.
+    ``published`` says whether the reprojection is what it was, or the state was made for GRIT's own too.
     """
     for name in ("update", "sides", "statistics", "outer_rank"):
         same = not stepped or before[name] == g[name]

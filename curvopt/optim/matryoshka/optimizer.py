@@ -47,7 +47,7 @@ class MatryoshkaScaledAdam(BucketedOptimizer):
     or save by `export`. An adapter that starts with B ≠ 0 is interpreted as B Ã: its ΔW is kept, and a saved adapter
     can be trained further, with or without its optimizer state. Clipping by the global norm before the step is the only
     operation for which a module that computes B P A itself would differ: its ∂L/∂A is Q times ours. A must have a
-    gradient in the first step that B takes; where it is frozen (LoRA-FA) only ``"stratified"`` works.
+    gradient in the first step that B takes; where it is frozen (LoRA-FA), use ``"stratified"``.
 
     ``"stratified"`` (our derivation) trains an ordinary adapter so that its leading directions can be used alone. A
     forward hook on the module of A zeroes the directions of u = A x above the rank of each sample, in training mode
